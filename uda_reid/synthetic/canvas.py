@@ -1,0 +1,137 @@
+"""The two layers that everything is drawn on: albedo (what colour a thing is) and shade (how much light reaches it)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import hypot
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from uda_reid.synthetic.person import Colour, Garment
+
+SCALE = 2  # drawn at twice the size and averaged down: Pillow's shapes have hard edges
+HEIGHT, WIDTH = 128, 64  # rows and columns of a finished image, as in Market-1501
+NEUTRAL = 128  # the shade value that leaves the albedo as it is
+TEXTURE = 192  # side of a garment texture, in canvas pixels
+
+Point = tuple[float, float]
+Ink = Colour | Garment
+
+
+@lru_cache(maxsize=64)
+def texture(garment: Garment) -> Image.Image:
+    """A square of cloth, pasted wherever the garment is drawn so that its pattern runs across seams."""
+    image = Image.new("RGB", (TEXTURE, TEXTURE), garment.colour)
+    draw, pitch, accent = ImageDraw.Draw(image), garment.pitch, garment.accent
+    steps = range(0, TEXTURE, pitch)
+    if garment.pattern in ("stripes", "plaid"):
+        for start in steps:
+            draw.rectangle((0, start, TEXTURE, start + pitch // 2 - 1), fill=accent)
+    if garment.pattern in ("pinstripes", "plaid"):
+        blend = Image.new("RGB", image.size, accent)
+        bars = Image.new("L", image.size, 0)
+        for start in steps:
+            ImageDraw.Draw(bars).rectangle((start, 0, start + pitch // 3, TEXTURE), fill=170)
+        image.paste(blend, (0, 0), bars)
+    if garment.pattern == "dots":
+        for row, y in enumerate(steps):
+            for x in steps:
+                left = x + (row % 2) * pitch // 2
+                draw.ellipse((left, y, left + pitch // 2, y + pitch // 2), fill=accent)
+    if garment.pattern == "block":
+        draw.rectangle((0, TEXTURE // 2 - pitch, TEXTURE, TEXTURE // 2 + pitch), fill=accent)
+    if garment.pattern == "halves":
+        draw.rectangle((0, TEXTURE // 2, TEXTURE, TEXTURE), fill=accent)
+    if garment.pattern == "camouflage":
+        patches = np.random.default_rng(pitch)
+        for x, y, radius in patches.integers((0, 0, 4), (TEXTURE, TEXTURE, 14), (90, 3)).tolist():
+            draw.ellipse((x - radius, y - radius // 2, x + radius, y + radius // 2), fill=accent)
+    return image
+
+
+class Canvas:
+    """Draws shaded solids; coordinates are canvas pixels, `SCALE` times those of the finished image."""
+
+    def __init__(self, background: Image.Image, light: float) -> None:
+        """`background` is [H * SCALE, W * SCALE] RGB and is drawn over; `light` in [-1, 1] is the side light comes from."""
+        self.albedo = background
+        self.shade = Image.new("L", background.size, NEUTRAL)
+        self.light = light
+        self._colour = ImageDraw.Draw(self.albedo)
+        self._shade = ImageDraw.Draw(self.shade)
+
+    def polygon(self, points: Sequence[Point], ink: Ink, anchor: Point = (0.0, 0.0)) -> None:
+        """Fill without shading: a print, a strap, a face. `anchor` is where the middle of a garment's texture lies."""
+        if not isinstance(ink, Garment):
+            self._colour.polygon(points, fill=ink)
+            return
+        if ink.pattern == "plain":
+            self._colour.polygon(points, fill=ink.colour)
+            return
+        left, top = int(min(x for x, _ in points)), int(min(y for _, y in points))
+        size = (int(max(x for x, _ in points)) - left + 2, int(max(y for _, y in points)) - top + 2)
+        mask = Image.new("1", size)
+        ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in points], fill=1)
+        u, v = left - int(anchor[0]) + TEXTURE // 2, top - int(anchor[1]) + TEXTURE // 2
+        self.albedo.paste(texture(ink).crop((u, v, u + size[0], v + size[1])), (left, top), mask)
+
+    def ellipse(self, centre: Point, rx: float, ry: float, colour: Colour) -> None:
+        """Fill an ellipse without shading."""
+        self._colour.ellipse((centre[0] - rx, centre[1] - ry, centre[0] + rx, centre[1] + ry), fill=colour)
+
+    def ball(self, centre: Point, rx: float, ry: float, colour: Colour) -> None:
+        """A shaded ellipsoid."""
+        self.ellipse(centre, rx, ry, colour)
+        x, y = centre
+        for size, tone in ((1.0, 96), (0.8, 118), (0.5, 136)):
+            shift = (1.0 - size) * 0.8 * self.light * rx
+            box = (x + shift - size * rx, y - size * ry * 1.1, x + shift + size * rx, y + size * ry * 0.9)
+            self._shade.ellipse(box, fill=tone)
+
+    def tube(self, spine: Sequence[Point], radii: Sequence[float], ink: Ink, anchor: Point = (0.0, 0.0)) -> None:
+        """A shaded tube of varying radius along `spine`: limbs, trunks, skirts and bags are all tubes."""
+        normals = _normals(spine)
+
+        def edge(side: float) -> list[Point]:
+            rows = zip(spine, radii, normals, strict=True)
+            return [(x + side * r * nx, y + side * r * ny) for (x, y), r, (nx, ny) in rows]
+
+        self.polygon(edge(-1.0) + edge(1.0)[::-1], ink, anchor)
+        for half, tone in ((1.0, 92), (0.78, 114), (0.42, 134)):
+            shift = (1.0 - half) * 0.9 * self.light
+            self._shade.polygon(edge(shift - half) + edge(shift + half)[::-1], fill=tone)
+
+    def line(self, points: Sequence[Point], width: float, colour: Colour) -> None:
+        """A flat line: straps, seams, rails."""
+        self._colour.line(points, fill=colour, width=max(1, round(width)), joint="curve")
+
+    def crease(self, points: Sequence[Point], tone: int) -> None:
+        """A fold in cloth: a thin line in the shade layer alone."""
+        self._shade.line(points, fill=tone, width=2)
+
+    def cast_shadow(self, centre: Point, rx: float, ry: float, strength: float) -> None:
+        """Darken an ellipse of the ground; `strength` in [0, 1]."""
+        x, y = centre
+        for size in (1.0, 0.7):
+            tone = int(NEUTRAL * (1.0 - strength * (1.3 - size) / 0.6))
+            self._shade.ellipse((x - size * rx, y - size * ry, x + size * rx, y + size * ry), fill=tone)
+
+    def finish(self) -> np.ndarray:
+        """Returns the lit picture, [128, 64, 3] float32, 0 to about 255 (highlights may exceed it)."""
+        colour = np.asarray(self.albedo.reduce(SCALE), dtype=np.float32)
+        shade = np.asarray(self.shade.filter(ImageFilter.BoxBlur(1)).reduce(SCALE), dtype=np.float32)
+        lit: np.ndarray = colour * (shade[..., None] / NEUTRAL)
+        return lit
+
+
+def _normals(spine: Sequence[Point]) -> list[Point]:
+    """Unit normals along a polyline; they point to the right in the picture for a spine that runs up or down it."""
+    normals = []
+    last = len(spine) - 1
+    for index in range(last + 1):
+        (x0, y0), (x1, y1) = spine[max(index - 1, 0)], spine[min(index + 1, last)]
+        dx, dy = x1 - x0, y1 - y0
+        length = hypot(dx, dy) or 1.0
+        sign = 1.0 if dy >= 0 else -1.0
+        normals.append((sign * dy / length, -sign * dx / length))
+    return normals

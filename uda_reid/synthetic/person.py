@@ -1,0 +1,184 @@
+"""Who can walk through a domain: an identity's build, clothes and belongings, and the wardrobe they are drawn from."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Colour = tuple[int, int, int]
+Weights = tuple[tuple[str, float], ...]  # name and relative frequency; a tuple, so that a domain can be a cache's key
+
+SKINS: tuple[Colour, ...] = (
+    (246, 214, 190),
+    (232, 190, 160),
+    (206, 158, 122),
+    (168, 118, 84),
+    (122, 82, 58),
+    (84, 58, 44),
+)
+HAIRS: tuple[Colour, ...] = (
+    (32, 26, 24),
+    (58, 40, 30),
+    (96, 64, 40),
+    (150, 104, 60),
+    (206, 170, 110),
+    (128, 124, 122),
+    (130, 54, 34),
+)
+SHOES: tuple[Colour, ...] = (
+    (30, 30, 32),
+    (236, 236, 234),
+    (110, 74, 46),
+    (196, 44, 48),
+    (60, 84, 140),
+    (150, 150, 152),
+)
+
+
+@dataclass(frozen=True)
+class Garment:
+    """One piece of clothing; `pattern` uses `accent` on `colour`, `pitch` is the pattern's period in canvas pixels."""
+
+    kind: str
+    colour: Colour
+    pattern: str = "plain"
+    accent: Colour = (255, 255, 255)
+    pitch: int = 12
+
+
+@dataclass(frozen=True)
+class Bag:
+    """`kind` is backpack, shoulder, handbag or suitcase; `side` is +1 for the person's left and -1 for the right."""
+
+    kind: str
+    colour: Colour
+    accent: Colour
+    side: int
+
+
+@dataclass(frozen=True)
+class Person:
+    """An identity. Lengths are fractions of the body height; `height` itself is relative to the average."""
+
+    height: float
+    shoulder: float
+    hip: float
+    girth: float
+    leg: float
+    skin: Colour
+    hair: Colour
+    hair_style: str
+    beard: bool
+    glasses: bool
+    hat: str
+    hat_colour: Colour
+    upper: Garment
+    lower: Garment
+    shoes: Colour
+    boots: bool
+    inner: Colour | None  # what an open front shows; None: closed
+    chest: str  # a print that only the front shows: none, disc, bar, box
+    back: str  # a print that only the back shows
+    print_colour: Colour
+    scarf: Colour | None
+    bag: Bag | None
+
+
+@dataclass(frozen=True)
+class Wardrobe:
+    """The distribution that a domain's identities come from: weights for kinds, and palettes of colours."""
+
+    uppers: Weights
+    lowers: Weights
+    upper_colours: tuple[Colour, ...]
+    lower_colours: tuple[Colour, ...]
+    accents: tuple[Colour, ...]
+    patterns: Weights
+    lower_patterns: Weights
+    bags: Weights
+    hats: Weights
+    bag_colours: tuple[Colour, ...]
+    chest_print: float
+    back_print: float
+    open_front: float
+    scarf: float
+    boots: float
+    colour_spread: float  # standard deviation of a garment's colour about its palette entry, in 8-bit steps
+
+
+def weights(**frequencies: float) -> Weights:
+    """Write relative frequencies as keyword arguments."""
+    return tuple(frequencies.items())
+
+
+def pick(rng: np.random.Generator, choices: Weights) -> str:
+    """Draw one name with probability proportional to its frequency."""
+    ends = np.cumsum([frequency for _, frequency in choices])
+    return choices[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))][0]
+
+
+def pick_colour(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float) -> Colour:
+    """Draw a palette entry and move it by a brightness step that its channels share and by a smaller one of their own."""
+    base = np.array(palette[int(rng.integers(len(palette)))], dtype=np.float64)
+    moved = np.clip(base + rng.normal(0.0, spread) + rng.normal(0.0, 0.6 * spread, 3), 8, 250)
+    red, green, blue = (int(value) for value in moved)
+    return red, green, blue
+
+
+LONG_HAIR = weights(long=4, ponytail=3, bun=2, bob=2)
+SHORT_HAIR = weights(short=7, bald=1, afro=1)
+
+
+def sample_person(wardrobe: Wardrobe, rng: np.random.Generator) -> Person:
+    """Draw an identity from a domain's wardrobe."""
+    spread = wardrobe.colour_spread
+    upper_kind = pick(rng, wardrobe.uppers)
+    upper = Garment(
+        upper_kind,
+        pick_colour(rng, wardrobe.upper_colours, spread),
+        pick(rng, wardrobe.patterns),
+        pick_colour(rng, wardrobe.accents, spread),
+        int(rng.integers(8, 22)),
+    )
+    if upper_kind == "dress":
+        lower = Garment("skirt", upper.colour, upper.pattern, upper.accent, upper.pitch)
+    else:
+        lower = Garment(
+            pick(rng, wardrobe.lowers),
+            pick_colour(rng, wardrobe.lower_colours, spread),
+            pick(rng, wardrobe.lower_patterns),
+            pick_colour(rng, wardrobe.accents, spread),
+            int(rng.integers(8, 18)),
+        )
+    can_open = upper_kind in ("jacket", "coat", "hoodie")
+    bag_kind = pick(rng, wardrobe.bags)
+    bag_side = 1 if rng.random() < 0.5 else -1
+    bag = Bag(
+        bag_kind, pick_colour(rng, wardrobe.bag_colours, spread), pick_colour(rng, wardrobe.accents, spread), bag_side
+    )
+    long_haired = rng.random() < 0.5
+    style = pick(rng, LONG_HAIR if long_haired else SHORT_HAIR)
+    prints = ("disc", "bar", "box")
+    return Person(
+        height=float(np.clip(rng.normal(1.0, 0.05), 0.88, 1.1)),
+        shoulder=float(rng.normal(0.100 if long_haired else 0.115, 0.007)),
+        hip=float(rng.normal(0.086, 0.006)),
+        girth=float(np.clip(rng.normal(1.0, 0.14), 0.75, 1.4)),
+        leg=float(np.clip(rng.normal(0.49, 0.015), 0.45, 0.53)),
+        skin=pick_colour(rng, SKINS, 6.0),
+        hair=pick_colour(rng, HAIRS, 6.0),
+        hair_style=style,
+        beard=bool(not long_haired and rng.random() < 0.3),
+        glasses=bool(rng.random() < 0.2),
+        hat=pick(rng, wardrobe.hats),
+        hat_colour=pick_colour(rng, wardrobe.accents, spread),
+        upper=upper,
+        lower=lower,
+        shoes=pick_colour(rng, SHOES, 8.0),
+        boots=bool(rng.random() < wardrobe.boots),
+        inner=pick_colour(rng, wardrobe.accents, spread) if can_open and rng.random() < wardrobe.open_front else None,
+        chest=str(rng.choice(prints)) if rng.random() < wardrobe.chest_print else "none",
+        back=str(rng.choice(prints)) if rng.random() < wardrobe.back_print else "none",
+        print_colour=pick_colour(rng, wardrobe.accents, spread),
+        scarf=pick_colour(rng, wardrobe.accents, spread) if rng.random() < wardrobe.scarf else None,
+        bag=bag if bag_kind != "none" else None,
+    )

@@ -1,0 +1,26 @@
+"""Classification loss over every output of a model."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def smoothed_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, smoothing: float = 0.1) -> Tensor:
+    """Cross-entropy against softened labels, which keeps a classifier from growing sure of few images.
+
+    Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7,
+    https://arxiv.org/abs/1512.00567:
+
+        sum over outputs of mean over images of -sum_m ((1 - smoothing) [m = label] + smoothing / M) log p_m
+
+    Args:
+        logits: [B, M] float for each output.
+        labels: [B] int64 in [0, M).
+        smoothing: in [0, 1).
+
+    Returns:
+        Scalar float32 or wider, at least 0, summed over the outputs.
+    """
+    return torch.stack([F.cross_entropy(each.float(), labels, label_smoothing=smoothing) for each in logits]).sum()

@@ -1,0 +1,38 @@
+"""Batch-hard triplet loss with a soft margin."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uda_reid.retrieval.pairwise import euclidean_distances
+
+
+def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Pull each anchor to its farthest image of the same identity and push it from its nearest other one.
+
+    Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", Eq. 5 and section 3.3,
+    https://arxiv.org/abs/1703.07737:
+
+        mean over anchors of softplus(max d(anchor, positive) - min d(anchor, negative)), d Euclidean
+
+    Anchors without another image of their identity, or without an image of another one, are left out; where none
+    remains the loss is 0 and its gradient too.
+
+    Args:
+        embeddings: [B, D] float, before the neck, not normalised.
+        labels: [B] int64.
+
+    Returns:
+        Scalar float32 or wider, at least 0.
+    """
+    # Squared lengths leave the range of float16, and distances between near images its precision.
+    with torch.autocast(embeddings.device.type, enabled=False):
+        distances = euclidean_distances(embeddings.float(), embeddings.float())
+    same = labels[:, None] == labels[None]
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    hardest_positive = distances.masked_fill(~positive, 0).amax(dim=1)
+    hardest_negative = distances.masked_fill(same, torch.finfo(distances.dtype).max).amin(dim=1)
+    usable = positive.any(dim=1) & ~same.all(dim=1)
+    # Masks instead of indexing: the number of usable anchors never has to be read back from the device.
+    losses = F.softplus(hardest_positive - hardest_negative) * usable
+    return losses.sum() / usable.sum().clamp(min=1)

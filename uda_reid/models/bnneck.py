@@ -1,0 +1,18 @@
+"""The batch norm between the embedding that the triplet loss sees and the one that the classifier sees."""
+
+from torch import nn
+
+
+class BNNeck(nn.BatchNorm1d):
+    """Batch norm whose shift stays zero, so that classes stay apart through the origin.
+
+    Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", section 2.6,
+    https://arxiv.org/abs/1903.07071
+
+    Shape:
+        in [B, D] float, out [B, D] float, each column standardised. In training B must be at least 2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bias.requires_grad_(False)

@@ -1,0 +1,83 @@
+"""Options that several commands share, and the run that they describe."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from uda_reid.engine.run import Run, pick_device
+from uda_reid.recipe import Recipe, dump_recipe
+from uda_reid.report.console import Reporter
+from uda_reid.report.run_log import RunLog
+from uda_reid.synthetic import DOMAINS
+
+F = TypeVar("F", bound=Callable[..., Any])
+RUNS = Path("runs")
+
+
+def run_options(function: F) -> F:
+    """--out, --seed and --device."""
+    function = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")(function)
+    function = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)(function)
+    return click.option(
+        "--out", type=click.Path(path_type=Path), help="New folder for the run.  [default: runs/COMMAND-DATA-TIME]"
+    )(function)
+
+
+def data_root_option(function: F) -> F:
+    """--data-root."""
+    return click.option(
+        "--data-root",
+        type=click.Path(path_type=Path),
+        envvar="UDA_REID_DATA",
+        default=Path("data"),
+        show_default="$UDA_REID_DATA or data",
+        help="Folder that holds the data sets.",
+    )(function)
+
+
+def set_option(function: F) -> F:
+    """--set."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY.PATH=VALUE",
+        help="Change one value of the recipe; repeatable.",
+    )(function)
+
+
+def recipe_option(function: F) -> F:
+    """--recipe."""
+    return click.option("--recipe", "recipe_name", metavar="NAME|FILE", help="See `cli.py recipes`.")(function)
+
+
+def default_recipe(dataset: str, otherwise: str) -> str:
+    """The recipe for a data set where none is named: the embedded domains are made for "demo"."""
+    return "demo" if dataset in DOMAINS else otherwise
+
+
+def start_run(out: Path | None, title: str, seed: int, device: str, reporter: Reporter) -> Run:
+    """Opens the run's folder and says where everything goes."""
+    folder = out if out is not None else _new_folder(title)
+    run = Run(pick_device(device), seed, reporter, RunLog(folder))
+    reporter.say(f"Writing to {folder}; computing on {run.device}, seed {seed}.")
+    return run
+
+
+def keep_recipe(run: Run, recipe: Recipe) -> None:
+    """Stores the recipe as it was resolved."""
+    if run.log is not None:
+        run.log.write_recipe(dump_recipe(recipe))
+
+
+def _new_folder(title: str) -> Path:
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", title).strip("-").lower()[-60:]
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder, number = RUNS / f"{slug}-{stamp}", 2
+    while folder.exists():
+        folder, number = RUNS / f"{slug}-{stamp}-{number}", number + 1
+    return folder

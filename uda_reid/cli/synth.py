@@ -1,0 +1,34 @@
+"""`synth`: an embedded domain, rendered into a folder of the user's choice."""
+
+import os
+from pathlib import Path
+
+import click
+
+from uda_reid.report.console import Reporter
+from uda_reid.synthetic import DOMAINS, write_domain
+
+
+@click.command()
+@click.argument("domain", metavar=f"[{'|'.join(DOMAINS)}]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+@click.option("--identities", type=int, help="Training identities; the test split gets two thirds as many.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def synth(domain: str, out: Path, identities: int | None, seed: int) -> None:
+    """Render an embedded domain as JPEG files in the Market-1501 layout.
+
+    The folder can then be named wherever a data set is.
+    """
+    reporter = Reporter()
+    test = None if identities is None else max(2, identities * 2 // 3)
+    with reporter.progress(f"rendering {domain}") as advance:
+        write_domain(
+            domain,
+            out,
+            train_identities=identities,
+            test_identities=test,
+            seed=seed,
+            workers=os.cpu_count() or 1,
+            on_progress=advance,
+        )
+    reporter.say(f"Wrote {out}; use it as `cli.py pretrain --source {out}` or `cli.py adapt --target {out}`.")

@@ -1,0 +1,122 @@
+"""Finds a data set by its key or folder, reads it, and compares its counts with the published ones."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from uda_reid.data.market1501 import LAYOUT, TRAIN, read_market1501
+from uda_reid.data.msmt17 import LAYOUT as MSMT17_LAYOUT
+from uda_reid.data.msmt17 import read_msmt17
+from uda_reid.data.records import ReIDDataset
+from uda_reid.errors import UserError
+
+
+class Reader(Protocol):
+    """Reads one folder layout."""
+
+    def __call__(self, folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset: ...
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Published sizes of a data set; the training identities can only be counted where labels are read."""
+
+    train_ids: int
+    train: int
+    query: int
+    gallery: int
+    cameras: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One known data set: the folder names it goes by under the data root, its reader and its published counts."""
+
+    title: str
+    folders: tuple[str, ...]
+    counts: Counts
+    reader: Reader = read_market1501
+    layout: str = LAYOUT
+    remark: str = ""
+
+
+MSMT17_COUNTS = Counts(1041, 32621, 11659, 82161, 15)
+DUKE_REMARK = (
+    "DukeMTMC-reID was withdrawn by its authors in 2019: it is read where a copy is at hand already, and cannot be had."
+)
+CATALOGUE: dict[str, Entry] = {
+    "market": Entry(
+        "Market-1501", ("Market-1501-v15.09.15", "Market-1501", "market1501"), Counts(751, 12936, 3368, 15913, 6)
+    ),
+    "duke": Entry("DukeMTMC-reID", ("DukeMTMC-reID",), Counts(702, 16522, 2228, 17661, 8), remark=DUKE_REMARK),
+    "msmt17": Entry("MSMT17", ("MSMT17_V1", "MSMT17_V2", "MSMT17"), MSMT17_COUNTS, read_msmt17, MSMT17_LAYOUT),
+    "msmt17_v1": Entry("MSMT17 V1", ("MSMT17_V1",), MSMT17_COUNTS, read_msmt17, MSMT17_LAYOUT),
+    "msmt17_v2": Entry("MSMT17 V2", ("MSMT17_V2",), MSMT17_COUNTS, read_msmt17, MSMT17_LAYOUT),
+    "cuhk03": Entry("CUHK03-np (detected)", ("cuhk03-np/detected",), Counts(767, 7365, 1400, 5332, 2)),
+    "cuhk03_labeled": Entry("CUHK03-np (labeled)", ("cuhk03-np/labeled",), Counts(767, 7368, 1400, 5328, 2)),
+}
+
+
+def open_dataset(key: str, root: Path, *, labelled_train: bool, embedded: tuple[str, ...] = ()) -> ReIDDataset:
+    """Reads the data set that a key, or the path of a folder in the Market-1501 layout, names.
+
+    Args:
+        key: a key of CATALOGUE or a folder.
+        root: the data root, under which the keyed data sets lie.
+        labelled_train: False leaves the training identities unread.
+        embedded: domains that need no data at hand, for the error message.
+
+    Raises:
+        UserError: nothing is found under that name, or what is found cannot be read.
+    """
+    entry = CATALOGUE.get(key)
+    if entry is None:
+        return _open_folder(key, labelled_train, embedded)
+    found = [root / folder for folder in entry.folders if (root / folder).is_dir()]
+    if not found:
+        raise UserError(
+            f"Looked for {entry.title} as {' or '.join(entry.folders)} under {root} and found none; it must hold "
+            f"{entry.layout}. Give --data-root or set UDA_REID_DATA, or use an embedded domain, which needs no "
+            f"download: {', '.join(embedded)}.{' ' + entry.remark if entry.remark else ''}"
+        )
+    dataset = entry.reader(found[0], key, labelled_train=labelled_train)
+    notes = dataset.notes + tuple(_differences(dataset, entry, labelled_train))
+    if len(found) > 1:
+        others = ", ".join(folder.name for folder in found[1:])
+        notes += (f"{root} holds more than one {entry.title}: {found[0].name} is used, {others} is not.",)
+    return ReIDDataset(dataset.name, dataset.folder, dataset.train, dataset.test, notes)
+
+
+def _open_folder(key: str, labelled_train: bool, embedded: tuple[str, ...]) -> ReIDDataset:
+    folder = Path(key)
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no data set '{key}': expected one of {', '.join(CATALOGUE)}, an embedded domain "
+            f"({', '.join(embedded)}), or the path of a folder with {LAYOUT}."
+        )
+    if not (folder / TRAIN).is_dir():
+        raise UserError(f"The folder {folder} has no {TRAIN}/ in it; a data set needs {LAYOUT}.")
+    return read_market1501(folder, key, labelled_train=labelled_train)
+
+
+def _differences(dataset: ReIDDataset, entry: Entry, labelled_train: bool) -> list[str]:
+    cameras = [dataset.train.camera_ids]
+    if dataset.test is not None:
+        cameras += [dataset.test.query.camera_ids, dataset.test.gallery.camera_ids]
+    counts = entry.counts
+    compared = [
+        ("training images", counts.train, len(dataset.train)),
+        ("cameras", counts.cameras, len(np.unique(np.concatenate(cameras)))),
+    ]
+    if labelled_train:
+        compared.append(("training identities", counts.train_ids, len(np.unique(dataset.train.person_ids))))
+    if dataset.test is not None:
+        compared.append(("query images", counts.query, len(dataset.test.query)))
+        compared.append(("gallery images", counts.gallery, len(dataset.test.gallery)))
+    return [
+        f"{entry.title} in {dataset.folder} has {found:,} {what}, where {expected:,} were published."
+        for what, expected, found in compared
+        if found != expected
+    ]

@@ -1,0 +1,73 @@
+"""MSMT17, versions 1 and 2 (the second masks faces), by the lists that come with it."""
+
+from pathlib import Path
+
+from uda_reid.data.records import UNKNOWN, Records, ReIDDataset, TestSplit, make_records
+from uda_reid.errors import UserError
+
+# Version 2 renamed the image folders along with the masking, which is how the two are told apart.
+FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
+LAYOUT = (
+    "list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ and test/ (V1) or "
+    "mask_train_v2/ and mask_test_v2/ (V2)"
+)
+
+
+def version_of(folder: Path) -> str:
+    """ "V1" or "V2", by the image folders that are there.
+
+    Raises:
+        UserError: neither version's folders are there.
+    """
+    for version, splits in FOLDERS.items():
+        if all((folder / split).is_dir() for split in splits):
+            return version
+    raise UserError(f"{folder} is not MSMT17: expected {LAYOUT}.")
+
+
+def read_msmt17(folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset:
+    """Reads MSMT17; training is train + val, as published results have it.
+
+    Identities are numbered from 0 in the lists; they are shifted by one here, since 0 is a distractor in the
+    retrieval protocol.
+
+    Raises:
+        UserError: a list or an image folder is missing, or a line cannot be read.
+    """
+    version = version_of(folder)
+    train_folder, test_folder = (folder / split for split in FOLDERS[version])
+    lists = [_read_list(folder / f"list_{part}.txt", train_folder, labelled_train) for part in ("train", "val")]
+    train = make_records(
+        [path for part in lists for path in part.paths],
+        [int(i) for part in lists for i in part.person_ids],
+        [int(i) for part in lists for i in part.camera_ids],
+    )
+    query = _read_list(folder / "list_query.txt", test_folder, True)
+    gallery = _read_list(folder / "list_gallery.txt", test_folder, True)
+    return ReIDDataset(name, folder, train, TestSplit(query, gallery), (f"{folder.name} is MSMT17 {version}.",))
+
+
+def _read_list(path: Path, images: Path, labelled: bool) -> Records:
+    if not path.is_file():
+        raise UserError(f"Expected the list {path}, which is not there; MSMT17 needs {LAYOUT}.")
+    paths, person_ids, camera_ids = [], [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            file, label = line.split()
+            camera = int(Path(file).name.split("_")[2])
+            person = int(label) + 1
+        except (ValueError, IndexError) as error:
+            raise UserError(
+                f"Line {number} of {path} cannot be read: expected '0000/0000_000_01_0303morning_0008_0.jpg 0' (file "
+                f"and identity), got '{line[:80]}'."
+            ) from error
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise UserError(f"Line {number} of {path} points outside the data set: '{file[:80]}'.")
+        paths.append(images / file)
+        person_ids.append(person if labelled else UNKNOWN)
+        camera_ids.append(camera)
+    if not paths:
+        raise UserError(f"The list {path} is empty; MSMT17 needs {LAYOUT}.")
+    return make_records(paths, person_ids, camera_ids)

@@ -1,15 +1,14 @@
 """The place a camera looks at: one wide picture in perspective, from which every image of that camera is cut."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from uda_reid.synthetic.person import Colour
+from uda_reid.synthetic.props import PROPS, Draw, vary
 
 SCENE_WIDTH, SCENE_HEIGHT = 960, 460
-Draw = ImageDraw.ImageDraw
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Place:
     wall_colour: Colour
     wall_accent: Colour
     props: tuple[str, ...]
-    eye: float = 1.6
-    horizon: float = 0.14
+    eye: float = 1.2
+    horizon: float = 0.3
     sky: Colour = (200, 212, 224)
 
 
@@ -55,7 +54,7 @@ def draw_scene(place: Place, rng: np.random.Generator) -> Scene:
     horizon = place.horizon * SCENE_HEIGHT
     image = Image.new("RGB", (SCENE_WIDTH, SCENE_HEIGHT), place.sky)
     draw = ImageDraw.Draw(image)
-    foot = horizon + rng.uniform(0.14, 0.26) * SCENE_HEIGHT  # where the wall meets the ground
+    foot = horizon + rng.uniform(0.16, 0.24) * SCENE_HEIGHT  # where the wall meets the ground
     _wall(draw, place, foot, rng)
     _ground(draw, place, horizon, foot, rng)
     for name in place.props:
@@ -67,17 +66,12 @@ def draw_scene(place: Place, rng: np.random.Generator) -> Scene:
     return Scene(_weather(image, rng), horizon, place.eye)
 
 
-def _vary(colour: Colour, rng: np.random.Generator, spread: float) -> Colour:
-    red, green, blue = (int(value) for value in np.clip(np.array(colour) + rng.normal(0, spread), 0, 255))
-    return red, green, blue
-
-
 def _ground(draw: Draw, place: Place, horizon: float, foot: float, rng: np.random.Generator) -> None:
     draw.rectangle((0, foot, SCENE_WIDTH, SCENE_HEIGHT), fill=place.ground)
     if place.tile == 0:
         for x, y in rng.uniform((0, foot), (SCENE_WIDTH, SCENE_HEIGHT), (900, 2)).tolist():
             size = 1 + 7 * (y - horizon) / SCENE_HEIGHT
-            blade = _vary(place.ground if rng.random() < 0.6 else place.ground_joint, rng, 14)
+            blade = vary(place.ground if rng.random() < 0.6 else place.ground_joint, rng, 14)
             draw.ellipse((x - 2 * size, y - size / 2, x + 2 * size, y + size / 2), fill=blade)
         return
     # A ground point at distance z appears at row horizon + focal * eye / z; focal makes one body height at the
@@ -96,7 +90,7 @@ def _ground(draw: Draw, place: Place, horizon: float, foot: float, rng: np.rando
                 (vanish + (column + 1) * pitch_far, far_row),
                 (vanish + column * pitch_far, far_row),
             ]
-            draw.polygon(quad, fill=_vary(place.ground, rng, 7), outline=place.ground_joint)
+            draw.polygon(quad, fill=vary(place.ground, rng, 7), outline=place.ground_joint)
 
 
 def _wall(draw: Draw, place: Place, foot: float, rng: np.random.Generator) -> None:
@@ -106,139 +100,35 @@ def _wall(draw: Draw, place: Place, foot: float, rng: np.random.Generator) -> No
         for x, y in rng.uniform((0, 0), (SCENE_WIDTH, foot), (1500, 2)).tolist():
             size = rng.uniform(3, 11)
             draw.ellipse(
-                (x - size, y - size, x + size, y + size), fill=_vary(colour if rng.random() < 0.6 else accent, rng, 18)
+                (x - size, y - size, x + size, y + size), fill=vary(colour if rng.random() < 0.6 else accent, rng, 18)
             )
         return
     if place.wall in ("brick", "tiles"):
         wide, tall = (26, 10) if place.wall == "brick" else (30, 30)
         for row, y in enumerate(np.arange(0, foot, tall)):
             for x in np.arange(-(row % 2) * wide / 2 if place.wall == "brick" else 0.0, SCENE_WIDTH, wide):
-                draw.rectangle((x, y, x + wide - 2, min(y + tall - 2, foot)), fill=_vary(colour, rng, 9))
+                draw.rectangle((x, y, x + wide - 2, min(y + tall - 2, foot)), fill=vary(colour, rng, 9))
     column = 0.0
     while column < SCENE_WIDTH:
-        wide = rng.uniform(34, 90)
+        wide = float(rng.uniform(34, 90))
         if place.wall == "glass":
-            draw.rectangle((column, 0, column + wide, foot), fill=_vary(accent, rng, 16), outline=colour, width=4)
+            draw.rectangle((column, 0, column + wide, foot), fill=vary(accent, rng, 16), outline=colour, width=4)
             draw.polygon(
                 [(column, foot), (column + wide * 0.5, 0), (column + wide * 0.8, 0), (column + wide * 0.3, foot)],
-                fill=_vary(accent, rng, 22),
+                fill=vary(accent, rng, 22),
             )
         elif rng.random() < 0.6:
             top = foot * rng.uniform(0.05, 0.3)
             low = foot if rng.random() < 0.35 else foot * 0.75
             draw.rectangle(
                 (column + 6, top, column + wide - 6, low),
-                fill=_vary(accent, rng, 24),
-                outline=_vary(colour, rng, 30),
+                fill=vary(accent, rng, 24),
+                outline=vary(colour, rng, 30),
                 width=3,
             )
-            draw.line((column + wide / 2, top, column + wide / 2, low), fill=_vary(colour, rng, 20), width=2)
+            draw.line((column + wide / 2, top, column + wide / 2, low), fill=vary(colour, rng, 20), width=2)
         column += wide
-    draw.rectangle((0, foot - 5, SCENE_WIDTH, foot), fill=_vary(accent, rng, 6))
-
-
-def _tree(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    draw.rectangle((x - 0.05 * body, base - 1.2 * body, x + 0.05 * body, base), fill=(84, 66, 50))
-    leaf = _vary((84, 118, 62), rng, 18)
-    for _ in range(26):
-        dx, dy, radius = rng.normal(0, 0.3) * body, rng.normal(1.5, 0.25) * body, rng.uniform(0.1, 0.24) * body
-        draw.ellipse(
-            (x + dx - radius, base - dy - radius, x + dx + radius, base - dy + radius), fill=_vary(leaf, rng, 14)
-        )
-
-
-def _lamp(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    draw.line((x, base, x, base - 2.2 * body), fill=(52, 54, 58), width=max(2, int(0.05 * body)))
-    draw.rectangle((x - 0.06 * body, base - 0.2 * body, x + 0.06 * body, base), fill=(60, 62, 66))
-
-
-def _bench(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    wood = _vary((138, 98, 62), rng, 16)
-    for up in (0.22, 0.34, 0.44):
-        draw.rectangle((x, base - up * body - 0.03 * body, x + body, base - up * body + 0.02 * body), fill=wood)
-    for leg in (0.08, 0.9):
-        draw.rectangle((x + leg * body, base - 0.3 * body, x + (leg + 0.05) * body, base), fill=(50, 50, 52))
-
-
-def _pillar(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    grey = _vary((168, 166, 160), rng, 18)
-    for share, step in ((1.0, -26), (0.7, 0), (0.35, 16)):
-        tone = (grey[0] + step, grey[1] + step, grey[2] + step)
-        draw.rectangle((x - 0.16 * share * body, 0, x + 0.16 * share * body, base), fill=tone)
-
-
-def _poster(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    ink: Colour = tuple(int(v) for v in rng.integers(40, 236, 3))  # type: ignore[assignment]
-    wide, tall = 0.6 * body, 0.95 * body
-    draw.rectangle(
-        (x, base - 0.35 * body - tall, x + wide, base - 0.35 * body), fill=ink, outline=(240, 240, 238), width=3
-    )
-    draw.ellipse(
-        (x + 0.15 * wide, base - 0.25 * body - tall, x + 0.8 * wide, base - 0.5 * body), fill=_vary(ink, rng, 60)
-    )
-
-
-def _car(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    paint: Colour = tuple(int(v) for v in rng.choice([(178, 40, 44), (222, 222, 224), (44, 58, 92), (96, 100, 104)]))  # type: ignore[assignment]
-    draw.rounded_rectangle((x, base - 0.6 * body, x + 2.2 * body, base - 0.12 * body), radius=0.15 * body, fill=paint)
-    draw.polygon(
-        [
-            (x + 0.4 * body, base - 0.58 * body),
-            (x + 0.7 * body, base - 0.9 * body),
-            (x + 1.5 * body, base - 0.9 * body),
-            (x + 1.9 * body, base - 0.58 * body),
-        ],
-        fill=(70, 86, 98),
-    )
-    for wheel in (0.45, 1.75):
-        draw.ellipse(
-            (x + (wheel - 0.18) * body, base - 0.36 * body, x + (wheel + 0.18) * body, base), fill=(28, 28, 30)
-        )
-
-
-def _train(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    draw.rectangle((x, base - 1.5 * body, x + 3.4 * body, base - 0.1 * body), fill=_vary((186, 188, 192), rng, 14))
-    draw.rectangle((x, base - 0.6 * body, x + 3.4 * body, base - 0.45 * body), fill=(176, 48, 44))
-    for pane in np.arange(0.15, 3.2, 0.65):
-        draw.rectangle(
-            (x + pane * body, base - 1.3 * body, x + (pane + 0.5) * body, base - 0.8 * body), fill=(52, 66, 78)
-        )
-
-
-def _line(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    draw.rectangle((0, base, SCENE_WIDTH, base + 0.09 * body), fill=(222, 186, 52))
-
-
-def _bicycle(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    frame = _vary((70, 84, 120), rng, 50)
-    for wheel in (0.0, 0.6):
-        draw.ellipse(
-            (x + (wheel - 0.2) * body, base - 0.4 * body, x + (wheel + 0.2) * body, base), outline=(34, 34, 36), width=3
-        )
-    hubs = [
-        (x, base - 0.2 * body),
-        (x + 0.2 * body, base - 0.5 * body),
-        (x + 0.5 * body, base - 0.5 * body),
-        (x + 0.6 * body, base - 0.2 * body),
-    ]
-    draw.line(hubs, fill=frame, width=max(2, int(0.04 * body)))
-
-
-def _stall(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    cloth = _vary((200, 66, 54), rng, 50)
-    draw.rectangle((x, base - 0.5 * body, x + 1.4 * body, base), fill=_vary((150, 112, 74), rng, 12))
-    for index in range(7):
-        left = x + (0.2 * index) * body
-        draw.rectangle(
-            (left, base - 1.35 * body, left + 0.2 * body, base - 1.1 * body),
-            fill=cloth if index % 2 else (240, 236, 226),
-        )
-
-
-PROPS: dict[str, Callable[[Draw, float, float, float, np.random.Generator], None]] = {
-    "tree": _tree, "lamp": _lamp, "bench": _bench, "pillar": _pillar, "poster": _poster, "car": _car, "train": _train,
-    "line": _line, "bicycle": _bicycle, "stall": _stall,
-}  # fmt: skip
+    draw.rectangle((0, foot - 5, SCENE_WIDTH, foot), fill=vary(accent, rng, 6))
 
 
 def _weather(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -250,8 +140,3 @@ def _weather(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         light += np.asarray(Image.fromarray(coarse).resize(image.size, Image.Resampling.BICUBIC))
     light += rng.normal(0, 3.0, light.shape).astype(np.float32)
     return Image.fromarray(np.clip(pixels + light[..., None], 0, 255).astype(np.uint8))
-
-
-def props_known(names: Sequence[str]) -> bool:
-    """Whether every prop has a drawing."""
-    return all(name in PROPS for name in names)

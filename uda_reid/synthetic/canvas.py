@@ -53,7 +53,7 @@ class Canvas:
     """Draws shaded solids; coordinates are canvas pixels, `SCALE` times those of the finished image."""
 
     def __init__(self, background: Image.Image, light: float) -> None:
-        """`background` is [H * SCALE, W * SCALE] RGB and is drawn over; `light` in [-1, 1] is the side light comes from."""
+        """`background`, [H * SCALE, W * SCALE] RGB, is drawn over; light comes from the left (-1) to the right (1)."""
         self.albedo = background
         self.shade = Image.new("L", background.size, NEUTRAL)
         self.light = light

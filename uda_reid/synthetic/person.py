@@ -117,7 +117,7 @@ def pick(rng: np.random.Generator, choices: Weights) -> str:
 
 
 def pick_colour(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float) -> Colour:
-    """Draw a palette entry and move it by a brightness step that its channels share and by a smaller one of their own."""
+    """Draw a palette entry and move its brightness by one step and each channel by a smaller one."""
     base = np.array(palette[int(rng.integers(len(palette)))], dtype=np.float64)
     moved = np.clip(base + rng.normal(0.0, spread) + rng.normal(0.0, 0.6 * spread, 3), 8, 250)
     red, green, blue = (int(value) for value in moved)

@@ -51,7 +51,7 @@ def photograph(
     if spoiled:
         share, feet_at, middle = share * 1.7, feet_at + 0.5 * float(rng.choice([-1, 1])), middle + rng.normal(0, 0.25)
     scene = scene_of(domain, seed, camera)
-    background = scene.cut(rng.random(), rng.uniform(0.55, 1.0), 1 / share, (wide, tall), feet_at)
+    background = scene.cut(rng.random(), rng.uniform(0.45, 1.0), 1 / share, (wide, tall), feet_at)
     light = float(np.clip(lens.light + rng.normal(0, 0.1), -1, 1))
     canvas = Canvas(background, light)
     yaw = radians(lens.yaw + rng.normal(0, lens.yaw_spread)) + (pi if rng.random() < lens.turned else 0.0)

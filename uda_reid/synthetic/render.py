@@ -7,7 +7,7 @@ from math import cos, pi, sin, sqrt
 import numpy as np
 
 from uda_reid.synthetic.canvas import Canvas, Ink, Point
-from uda_reid.synthetic.person import Colour, Garment, Person
+from uda_reid.synthetic.person import Colour, Person
 
 LONG_SLEEVES = ("shirt", "sweater", "hoodie", "jacket", "coat")
 GIRTH_OF = {"jacket": 1.12, "coat": 1.18, "hoodie": 1.08, "sweater": 1.05}
@@ -15,7 +15,12 @@ GIRTH_OF = {"jacket": 1.12, "coat": 1.18, "hoodie": 1.08, "sweater": 1.05}
 
 @dataclass(frozen=True)
 class Pose:
-    """One moment of a walk. `yaw`: 0 faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera looks down."""
+    """One moment of a walk, in radians and canvas pixels.
+
+    `yaw` is 0 for somebody who faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera looks
+    down; `phase`: where in the walk's period; `stride` and `swing`: how far legs and arms go; `feet`: where the lower foot
+    stands; `pixels`: the height of an average body.
+    """
 
     yaw: float
     pitch: float
@@ -23,8 +28,8 @@ class Pose:
     stride: float
     swing: float
     lean: float
-    feet: Point  # where the lower foot stands, canvas pixels
-    pixels: float  # body height of a person of average height, canvas pixels
+    feet: Point
+    pixels: float
 
 
 def sample_pose(rng: np.random.Generator, yaw: float, pitch: float, feet: Point, pixels: float) -> Pose:
@@ -34,7 +39,7 @@ def sample_pose(rng: np.random.Generator, yaw: float, pitch: float, feet: Point,
 
 
 class Figure:
-    """A person in a pose: turns body coordinates into canvas points, and collects the parts to be painted far to near."""
+    """A person in a pose: turns body coordinates into canvas points, and keeps the parts to paint from far to near."""
 
     def __init__(self, canvas: Canvas, person: Person, pose: Pose) -> None:
         self.canvas, self.person, self.pose = canvas, person, pose
@@ -220,7 +225,7 @@ def _prints(figure: Figure, hem: float) -> None:
 def _decal(
     figure: Figure, angle: float, half: float, top: float, bottom: float, colour: Colour, round_shape: bool = False
 ) -> None:
-    """A patch on the trunk's surface around `angle` (0 = front, pi / 2 = left), cut off where the surface turns away."""
+    """A patch on the trunk around `angle` (0: front, pi / 2: left), cut off where the surface turns away."""
     a, b = figure.person.shoulder * 0.95, 0.07 * figure.person.girth
     # A surface point is seen when its angle lies within pi / 2 of the camera's, which is -yaw seen from the body.
     offset = (angle + figure.pose.yaw + pi) % (2 * pi) - pi
@@ -269,7 +274,7 @@ def _head(figure: Figure) -> None:
             if person.beard:
                 canvas.ellipse((x, y + 0.68 * ry), half, 0.28 * ry, person.hair)
             dark: Colour = (30, 28, 30)
-            canvas.line([(x - half, y), (x + half, y)], 0.018 * size if person.glasses else 0.008 * size, dark)
+            canvas.line([(x - half, y), (x + half, y)], 0.016 * size if person.glasses else 1, dark)
         if person.hat != "none":
             top = (centre[0], centre[1] - 0.42 * ry)
             canvas.ball(top, rx * 1.15, ry * 0.68, person.hat_colour)

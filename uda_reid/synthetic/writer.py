@@ -106,7 +106,8 @@ def write_domain(
     test = domain.test_identities if test_identities is None else test_identities
     if min(train, test) < 2 or train + test > 9999:
         raise UserError(
-            f"Expected 2 to 9999 identities in all and 2 or more in each split, got {train} and {test}; change the counts."
+            f"Expected 2 identities or more in each split and 9999 at most in all, got {train} and {test}; "
+            "change the counts."
         )
     if workers < 1 or seed < 0:
         raise UserError(f"Expected 1 worker or more and a seed of 0 or more, got {workers} and {seed}; change them.")

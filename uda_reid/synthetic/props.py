@@ -1,0 +1,124 @@
+"""What stands about in a place: each prop is drawn on the ground at a given distance."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import ImageDraw
+
+from uda_reid.synthetic.person import Colour
+
+Draw = ImageDraw.ImageDraw
+
+
+def vary(colour: Colour, rng: np.random.Generator, spread: float) -> Colour:
+    """Move a colour a little: mostly its brightness, and its hue less."""
+    moved = np.array(colour) + rng.normal(0, spread) + rng.normal(0, 0.35 * spread, 3)
+    red, green, blue = (int(value) for value in np.clip(moved, 0, 255))
+    return red, green, blue
+
+
+# Each prop is drawn at column `x` with its foot on row `base`, where a body is `body` pixels tall.
+
+
+def _tree(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    draw.rectangle((x - 0.05 * body, base - 1.2 * body, x + 0.05 * body, base), fill=(84, 66, 50))
+    leaf = vary((84, 118, 62), rng, 18)
+    for _ in range(26):
+        dx, dy, radius = rng.normal(0, 0.3) * body, rng.normal(1.5, 0.25) * body, rng.uniform(0.1, 0.24) * body
+        draw.ellipse(
+            (x + dx - radius, base - dy - radius, x + dx + radius, base - dy + radius), fill=vary(leaf, rng, 14)
+        )
+
+
+def _lamp(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    draw.line((x, base, x, base - 2.2 * body), fill=(52, 54, 58), width=max(2, int(0.05 * body)))
+    draw.rectangle((x - 0.06 * body, base - 0.2 * body, x + 0.06 * body, base), fill=(60, 62, 66))
+
+
+def _bench(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    wood = vary((138, 98, 62), rng, 16)
+    for up in (0.22, 0.34, 0.44):
+        draw.rectangle((x, base - up * body - 0.03 * body, x + body, base - up * body + 0.02 * body), fill=wood)
+    for leg in (0.08, 0.9):
+        draw.rectangle((x + leg * body, base - 0.3 * body, x + (leg + 0.05) * body, base), fill=(50, 50, 52))
+
+
+def _pillar(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    grey = vary((168, 166, 160), rng, 18)
+    for share, step in ((1.0, -26), (0.7, 0), (0.35, 16)):
+        tone = (grey[0] + step, grey[1] + step, grey[2] + step)
+        draw.rectangle((x - 0.16 * share * body, 0, x + 0.16 * share * body, base), fill=tone)
+
+
+def _poster(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    ink: Colour = tuple(int(v) for v in rng.integers(40, 236, 3))  # type: ignore[assignment]
+    wide, tall = 0.6 * body, 0.95 * body
+    draw.rectangle(
+        (x, base - 0.35 * body - tall, x + wide, base - 0.35 * body), fill=ink, outline=(240, 240, 238), width=3
+    )
+    draw.ellipse(
+        (x + 0.15 * wide, base - 0.25 * body - tall, x + 0.8 * wide, base - 0.5 * body), fill=vary(ink, rng, 60)
+    )
+
+
+def _car(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    paint: Colour = tuple(int(v) for v in rng.choice([(178, 40, 44), (222, 222, 224), (44, 58, 92), (96, 100, 104)]))  # type: ignore[assignment]
+    draw.rounded_rectangle((x, base - 0.6 * body, x + 2.2 * body, base - 0.12 * body), radius=0.15 * body, fill=paint)
+    draw.polygon(
+        [
+            (x + 0.4 * body, base - 0.58 * body),
+            (x + 0.7 * body, base - 0.9 * body),
+            (x + 1.5 * body, base - 0.9 * body),
+            (x + 1.9 * body, base - 0.58 * body),
+        ],
+        fill=(70, 86, 98),
+    )
+    for wheel in (0.45, 1.75):
+        draw.ellipse(
+            (x + (wheel - 0.18) * body, base - 0.36 * body, x + (wheel + 0.18) * body, base), fill=(28, 28, 30)
+        )
+
+
+def _train(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    draw.rectangle((x, base - 1.5 * body, x + 3.4 * body, base - 0.1 * body), fill=vary((186, 188, 192), rng, 14))
+    draw.rectangle((x, base - 0.6 * body, x + 3.4 * body, base - 0.45 * body), fill=(176, 48, 44))
+    for pane in np.arange(0.15, 3.2, 0.65):
+        draw.rectangle(
+            (x + pane * body, base - 1.3 * body, x + (pane + 0.5) * body, base - 0.8 * body), fill=(52, 66, 78)
+        )
+
+
+def _safety_line(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    draw.rectangle((0, base, draw.im.size[0], base + 0.09 * body), fill=(222, 186, 52))
+
+
+def _bicycle(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    frame = vary((70, 84, 120), rng, 50)
+    for wheel in (0.0, 0.6):
+        draw.ellipse(
+            (x + (wheel - 0.2) * body, base - 0.4 * body, x + (wheel + 0.2) * body, base), outline=(34, 34, 36), width=3
+        )
+    hubs = [
+        (x, base - 0.2 * body),
+        (x + 0.2 * body, base - 0.5 * body),
+        (x + 0.5 * body, base - 0.5 * body),
+        (x + 0.6 * body, base - 0.2 * body),
+    ]
+    draw.line(hubs, fill=frame, width=max(2, int(0.04 * body)))
+
+
+def _stall(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
+    cloth = vary((200, 66, 54), rng, 50)
+    draw.rectangle((x, base - 0.5 * body, x + 1.4 * body, base), fill=vary((150, 112, 74), rng, 12))
+    for index in range(7):
+        left = x + (0.2 * index) * body
+        draw.rectangle(
+            (left, base - 1.35 * body, left + 0.2 * body, base - 1.1 * body),
+            fill=cloth if index % 2 else (240, 236, 226),
+        )
+
+
+PROPS: dict[str, Callable[[Draw, float, float, float, np.random.Generator], None]] = {
+    "tree": _tree, "lamp": _lamp, "bench": _bench, "pillar": _pillar, "poster": _poster, "car": _car, "train": _train,
+    "line": _safety_line, "bicycle": _bicycle, "stall": _stall,
+}  # fmt: skip

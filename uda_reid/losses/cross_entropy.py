@@ -23,4 +23,5 @@ def smoothed_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, smoothin
     Returns:
         Scalar float32 or wider, at least 0, summed over the outputs.
     """
-    return torch.stack([F.cross_entropy(each.float(), labels, label_smoothing=smoothing) for each in logits]).sum()
+    wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits]
+    return torch.stack([F.cross_entropy(each, labels, label_smoothing=smoothing) for each in wide]).sum()

@@ -27,7 +27,8 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
     """
     # Squared lengths leave the range of float16, and distances between near images its precision.
     with torch.autocast(embeddings.device.type, enabled=False):
-        distances = euclidean_distances(embeddings.float(), embeddings.float())
+        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        distances = euclidean_distances(wide, wide)
     same = labels[:, None] == labels[None]
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     hardest_positive = distances.masked_fill(~positive, 0).amax(dim=1)

@@ -16,7 +16,7 @@ class GeM(nn.Module):
         eps: floor under every value, so that the root has a gradient; negative values are read as this floor.
 
     Shape:
-        in [B, C, H, W] float, out [B, C] float32 or the power's own dtype, at least eps.
+        in [B, C, H, W] float, out [B, C] in the power's dtype, at least eps.
     """
 
     def __init__(self, power: float = 3.0, eps: float = 1e-6) -> None:
@@ -26,8 +26,10 @@ class GeM(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         # A third power leaves the range of float16 above 40, so mixed precision stops here.
-        raised = feature_map.float().clamp(min=self.eps) ** self.power.float()
-        return (raised.mean(dim=(2, 3)) ** (1.0 / self.power.float())).to(self.power.dtype)
+        wide = torch.promote_types(feature_map.dtype, torch.float32)
+        power = self.power.to(wide)
+        raised = feature_map.to(wide).clamp(min=self.eps) ** power
+        return (raised.mean(dim=(2, 3)) ** (1.0 / power)).to(self.power.dtype)
 
 
 class AveragePool(nn.Module):

@@ -174,13 +174,22 @@ def vit_trunk(
     if not plain or model.cls_token is None or model.pos_embed is None:
         raise UserError(f"Expected a plain vision transformer with a class token, got {name}: use {VIT_EXAMPLES}.")
     if Path(weights).suffix:
-        state = checkpoint_filter_fn(read_state_dict(Path(weights)), model, adapt_layer_scale=name.startswith("deit"))
+        try:
+            given = read_state_dict(Path(weights))
+            state = checkpoint_filter_fn(given, model, adapt_layer_scale=name.startswith("deit"))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"Expected patches and positions of {name} in {weights}, got others: "
+                "name the model that these weights belong to."
+            ) from error
         load_strictly(model, state, classifier=_classifier(model), source=weights)
     model.reset_classifier(0, "token")
-    _set_grid(model, image_size, patch_stride)
+    size = (image_size[0], image_size[1])
+    _set_grid(model, size, patch_stride)
     if weights == "none":
+        # Interpolation would have smoothed a random start away.
         trunc_normal_(model.pos_embed, std=0.02)
-    return VitTrunk(model, image_size, cameras, camera_scale)
+    return VitTrunk(model, size, cameras, camera_scale)
 
 
 def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None) -> None:

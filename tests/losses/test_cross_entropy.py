@@ -1,0 +1,41 @@
+"""Label-smoothed cross-entropy against its sums."""
+
+import math
+
+import pytest
+import torch
+
+from uda_reid.losses.cross_entropy import smoothed_cross_entropy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_equals_the_definition(dtype: torch.dtype, smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(4, 5, generator=generator, dtype=dtype) for _ in range(3)]
+    labels = torch.tensor([0, 4, 2, 2])
+    expected = 0.0
+    for each in logits:
+        for image in range(4):
+            row = each[image].tolist()
+            normaliser = math.log(sum(math.exp(value) for value in row))
+            for m, value in enumerate(row):
+                target = (1 - smoothing) * (m == labels[image].item()) + smoothing / 5
+                expected -= target * (value - normaliser) / 4
+    loss = smoothed_cross_entropy(logits, labels, smoothing=smoothing)
+    assert loss.dtype == dtype
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothing_is_a_tenth_by_default() -> None:
+    logits, labels = [torch.tensor([[30.0, 0.0]])], torch.tensor([0])
+    assert smoothed_cross_entropy(logits, labels).item() == pytest.approx(0.05 * 30)
+
+
+def test_half_precision_logits_give_a_full_precision_loss() -> None:
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    loss = smoothed_cross_entropy([logits], torch.tensor([3, 7]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() > 0

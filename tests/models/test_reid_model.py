@@ -1,0 +1,104 @@
+"""Necks, descriptor and classifiers over any backbone."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from uda_reid.errors import UserError
+from uda_reid.losses.cross_entropy import smoothed_cross_entropy
+from uda_reid.losses.triplet import batch_hard_soft_margin
+from uda_reid.models.fusion_reid import FusionReID
+from uda_reid.models.plain import PlainCnn, PlainVit
+from uda_reid.models.pooling import AveragePool, GeM
+from uda_reid.models.reid_model import Classifiers, ReIDModel
+from uda_reid.models.trunks import CnnTrunk, VitTrunk
+
+
+@pytest.fixture
+def hybrid(small_cnn: CnnTrunk, small_vit: VitTrunk) -> ReIDModel:
+    return ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3), ["cnn", "transformer_fused"])
+
+
+def test_necks_stand_on_every_output_in_training_and_evaluation(hybrid: ReIDModel) -> None:
+    images = torch.randn(4, 3, 64, 32)
+    for mode in (True, False):
+        out = hybrid.train(mode)(images)
+        assert [vector.shape[1] for vector in out.embeddings] == [24, 24, 12, 12, 12, 12]
+        for neck, before, after in zip(hybrid.necks, out.embeddings, out.bn_embeddings, strict=True):
+            assert torch.allclose(neck(before), after, atol=1e-4)
+        assert len(out.maps) == 2
+
+
+def test_descriptor_is_the_chosen_outputs_before_the_neck_on_the_unit_sphere(hybrid: ReIDModel) -> None:
+    out = hybrid.eval()(torch.randn(3, 3, 64, 32))
+    descriptor = hybrid.descriptor(out)
+    assert hybrid.descriptor_size == 36
+    for row in range(3):
+        values = [*out.embeddings[0][row].tolist(), *out.embeddings[5][row].tolist()]
+        length = math.sqrt(sum(value * value for value in values))
+        assert descriptor[row].tolist() == pytest.approx([value / length for value in values], abs=1e-5)
+
+
+def test_all_outputs_are_compared_unless_some_are_chosen(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
+    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3))
+    assert model.descriptor_size == 24 + 24 + 4 * 12
+
+
+def test_an_unknown_output_is_refused_with_the_known_ones(small_cnn: CnnTrunk) -> None:
+    backbone = PlainCnn(small_cnn, GeM())
+    with pytest.raises(UserError, match="among cnn, got transformer"):
+        ReIDModel(backbone, ["cnn", "transformer"])
+    with pytest.raises(UserError, match="got none"):
+        ReIDModel(backbone, [])
+
+
+def test_plain_backbones(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
+    images = torch.randn(2, 3, 64, 32)
+    out = PlainCnn(small_cnn.eval(), AveragePool())(images)
+    assert torch.equal(out.vectors[0], out.maps[0].mean(dim=(2, 3)))
+    assert torch.equal(out.maps[0], small_cnn(images))
+    out = PlainVit(small_vit.eval())(images, torch.tensor([0, 2]))
+    class_token, patches = small_vit(images, torch.tensor([0, 2]))
+    assert torch.equal(out.vectors[0], class_token)
+    assert torch.equal(out.maps[0], patches)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "transformer"])
+def test_losses_train_every_parameter_of_a_plain_backbone(
+    small_cnn: CnnTrunk, small_vit: VitTrunk, kind: str, assert_all_trained: Any, freeze_statistics: Any
+) -> None:
+    model = ReIDModel(PlainCnn(small_cnn, GeM()) if kind == "cnn" else PlainVit(small_vit))
+    classifiers = Classifiers(model.output_widths, 3)
+    labels = torch.arange(3).repeat_interleave(2)
+    freeze_statistics(model.necks)
+    out = model(torch.randn(6, 3, 64, 32), torch.arange(6) % 3)
+    loss = smoothed_cross_entropy(classifiers(out.bn_embeddings), labels)
+    assert_all_trained(loss + batch_hard_soft_margin(out.embeddings[0], labels), model, classifiers)
+
+
+def test_classifiers_are_products_with_their_weights() -> None:
+    classifiers: Any = Classifiers((3, 5), 4)
+    embeddings = (torch.randn(2, 3), torch.randn(2, 5))
+    for head, embedding, logits in zip(classifiers.heads, embeddings, classifiers(embeddings), strict=True):
+        assert head.bias is None
+        for image in range(2):
+            expected = [
+                sum(a * b for a, b in zip(row, embedding[image].tolist(), strict=True)) for row in head.weight.tolist()
+            ]
+            assert logits[image].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_classifiers_start_near_zero() -> None:
+    weights = torch.cat([weight.flatten() for weight in Classifiers((64, 128), 200).parameters()])
+    assert weights.std().item() == pytest.approx(0.001, rel=0.05)
+
+
+def test_classifiers_remade_from_centroids_start_at_their_directions() -> None:
+    centroids = 5 * torch.randn(4, 6)
+    classifiers = Classifiers.from_centroids(centroids)
+    (logits,) = classifiers((centroids,))
+    assert torch.allclose(logits.diagonal(), centroids.norm(dim=1), atol=1e-5)
+    assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3]
+    assert all(parameter.requires_grad for parameter in classifiers.parameters())

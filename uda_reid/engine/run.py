@@ -1,16 +1,18 @@
 """What every stage of a run needs beside its own data: device, seed, reporter; and seeds that need no state."""
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from uda_reid.errors import UserError
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import RunLog
+
+GLOBAL_STATE = 2_000_000  # a place that no step has
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Run:
 
     def seed_step(self, *position: int) -> torch.Generator:
         """Fixes every random number of one training step: the global state (dropout) and the generator returned."""
-        torch.manual_seed(seed_at(self.seed, *position))
+        # A place of its own, or the first draws of dropout would be those of the augmentation.
+        torch.manual_seed(seed_at(self.seed, *position, GLOBAL_STATE))
         return self.generator(*position, device=self.device)
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -52,7 +55,9 @@ class Run:
 
 def seed_at(seed: int, *position: int) -> int:
     """A 63-bit seed that differs for every seed and place."""
-    return int(np.random.SeedSequence([seed, *position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # Not numpy's SeedSequence, to which (seed,), (seed, 0) and (seed, 0, 0) are one.
+    place = ",".join(str(number) for number in (seed, *position))
+    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Advance = Callable[[int, int], None]  # called with (images done, images in all)
 METRICS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
@@ -23,7 +24,7 @@ class Reporter:
     """
 
     def __init__(self, file: IO[str] | None = None, *, terminal: bool | None = None) -> None:
-        self._console = Console(file=file, force_terminal=terminal, highlight=False, soft_wrap=True)
+        self._console = Console(file=file, force_terminal=terminal, highlight=False, soft_wrap=True, emoji=False)
         self._widths: list[int] = []
 
     @property
@@ -33,11 +34,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line for the person."""
-        self._console.print(escape(text))
+        self._console.print(Text(text))
 
     def warn(self, text: str) -> None:
         """One line that the person should not miss."""
-        self._console.print(f"[yellow]warning:[/yellow] {escape(text)}")
+        self._console.print(Text.assemble(("warning:", "yellow"), " ", text))
 
     @contextmanager
     def progress(self, description: str) -> Iterator[Advance]:
@@ -85,7 +86,7 @@ class Reporter:
             columns: title -> width in characters.
         """
         self._widths = [max(width, len(title)) for title, width in columns.items()]
-        self._console.print(f"[bold]{escape(self._aligned(list(columns)))}[/bold]")
+        self._console.print(Text(self._aligned(list(columns)), style="bold"))
 
     def table_row(self, cells: list[str]) -> None:
         """One row under the header that `table_header` printed."""
@@ -103,12 +104,12 @@ class Reporter:
                 pairs = "  ".join(f"{label} {cell}" for label, cell in zip(METRICS.values(), cells, strict=True))
                 self.say(f"  {name}: {pairs}")
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         table.add_column("")
         for label in METRICS.values():
             table.add_column(label, justify="right")
         for name, cells in shown.items():
-            table.add_row(name, *cells, style="bold" if name == "gain" else None)
+            table.add_row(Text(name), *cells, style="bold" if name == "gain" else None)
         self._console.print(table)
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
@@ -119,9 +120,9 @@ class Reporter:
             return
         table = Table()
         for column in columns:
-            table.add_column(column)
+            table.add_column(Text(column))
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
 
     def _aligned(self, cells: list[str]) -> str:

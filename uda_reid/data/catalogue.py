@@ -43,9 +43,7 @@ class Entry:
 
 
 MSMT17_COUNTS = Counts(1041, 32621, 11659, 82161, 15)
-DUKE_REMARK = (
-    "DukeMTMC-reID was withdrawn by its authors in 2019: it is read where a copy is at hand already, and cannot be had."
-)
+DUKE_REMARK = " (its authors withdrew it in 2019, so it is only read where a copy is at hand already)"
 CATALOGUE: dict[str, Entry] = {
     "market": Entry(
         "Market-1501", ("Market-1501-v15.09.15", "Market-1501", "market1501"), Counts(751, 12936, 3368, 15913, 6)
@@ -77,9 +75,9 @@ def open_dataset(key: str, root: Path, *, labelled_train: bool, embedded: tuple[
     found = [root / folder for folder in entry.folders if (root / folder).is_dir()]
     if not found:
         raise UserError(
-            f"Looked for {entry.title} as {' or '.join(entry.folders)} under {root} and found none; it must hold "
-            f"{entry.layout}. Give --data-root or set UDA_REID_DATA, or use an embedded domain, which needs no "
-            f"download: {', '.join(embedded)}.{' ' + entry.remark if entry.remark else ''}"
+            f"Looked for {entry.title} as {' or '.join(entry.folders)} under {root} and found none{entry.remark}; it "
+            f"must hold {entry.layout}; give --data-root or set UDA_REID_DATA, or use an embedded domain, which needs "
+            f"no download: {', '.join(embedded)}."
         )
     dataset = entry.reader(found[0], key, labelled_train=labelled_train)
     notes = dataset.notes + tuple(_differences(dataset, entry, labelled_train))
@@ -97,7 +95,10 @@ def _open_folder(key: str, labelled_train: bool, embedded: tuple[str, ...]) -> R
             f"({', '.join(embedded)}), or the path of a folder with {LAYOUT}."
         )
     if not (folder / TRAIN).is_dir():
-        raise UserError(f"The folder {folder} has no {TRAIN}/ in it; a data set needs {LAYOUT}.")
+        raise UserError(
+            f"The folder {folder} has no {TRAIN}/ in it; a data set needs {LAYOUT}, and an embedded domain "
+            f"({', '.join(embedded)}) needs no folder."
+        )
     return read_market1501(folder, key, labelled_train=labelled_train)
 
 

@@ -78,8 +78,9 @@ def _read_test(folder: Path) -> tuple[TestSplit | None, str]:
     for split in (QUERY, GALLERY):
         if not (folder / split).is_dir() or not image_files(folder / split):
             return None, f"{folder} has no test split ({split}/ is absent or empty), so no accuracy can be reported."
-    if not any(_LABELLED.search(path.name) for path in image_files(folder / QUERY)):
-        return None, f"The test split of {folder} has no labels in its file names, so no accuracy can be reported."
+    for split in (QUERY, GALLERY):
+        if not any(_LABELLED.search(path.name) for path in image_files(folder / split)):
+            return None, f"{folder / split} has no labels in its file names, so no accuracy can be reported."
     query = read_split(folder / QUERY, labelled=True)
     gallery = read_split(folder / GALLERY, labelled=True)
     query = query.select(query.person_ids > 0)

@@ -57,7 +57,7 @@ def _read_list(path: Path, images: Path, labelled: bool) -> Records:
         try:
             file, label = line.split()
             camera = int(Path(file).name.split("_")[2])
-            person = int(label) + 1
+            person = int(label) + 1 if labelled else UNKNOWN
         except (ValueError, IndexError) as error:
             raise UserError(
                 f"Line {number} of {path} cannot be read: expected '0000/0000_000_01_0303morning_0008_0.jpg 0' (file "
@@ -66,7 +66,7 @@ def _read_list(path: Path, images: Path, labelled: bool) -> Records:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise UserError(f"Line {number} of {path} points outside the data set: '{file[:80]}'.")
         paths.append(images / file)
-        person_ids.append(person if labelled else UNKNOWN)
+        person_ids.append(person)
         camera_ids.append(camera)
     if not paths:
         raise UserError(f"The list {path} is empty; MSMT17 needs {LAYOUT}.")

@@ -169,7 +169,10 @@ def _from_table(kind: type, table: Mapping[str, Any], prefix: str) -> Any:
                 "`cli.py recipes --keys` lists all keys with their defaults."
             )
         values[key] = _convert(hints[key], value, prefix + key)
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ValueError as error:  # how the parts that know no UserError refuse a value
+        raise UserError(f"Recipe section '{prefix.rstrip('.')}': {error}") from error
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
@@ -220,7 +223,8 @@ def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
 
 
 def _toml_key(key: str) -> str:
-    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
+    plain = key.replace("_", "").replace("-", "")
+    return key if plain.isascii() and plain.isalnum() else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:
@@ -232,7 +236,9 @@ def _toml_value(value: Any) -> str:
         case float():
             return repr(value)
         case str():
-            return json.dumps(value, ensure_ascii=False)
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows and TOML not
+        case dict():  # in a list of a trunk's options
+            return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(entry)}" for key, entry in value.items()) + "}"
         case list() | tuple():
             return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
         case types.NoneType():

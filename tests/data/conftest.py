@@ -1,0 +1,53 @@
+"""Small data sets on disk, and what a sentence for the user is."""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Touch = Callable[[Path, Iterable[str]], Path]
+
+
+@pytest.fixture
+def touch() -> Touch:
+    """Files without content, which is all that a reader of names should need: folder, names -> folder."""
+
+    def write(folder: Path, names: Iterable[str]) -> Path:
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def draw() -> Callable[..., Path]:
+    """An image of random blocks: path, seed, size (width, height), mode -> path."""
+
+    def write(path: Path, seed: int = 0, size: tuple[int, int] = (20, 40), mode: str = "RGB") -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = np.random.default_rng(seed).integers(0, 256, (8, 4, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).convert(mode).save(path)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def assert_sentence() -> Callable[..., None]:
+    """Demands one sentence on one line that names all the words given."""
+
+    def check(error: BaseException, *words: object) -> None:
+        text = str(error)
+        assert "\n" not in text
+        assert text.endswith(".")
+        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
+        for word in words:
+            assert str(word) in text, f"{word} is not named: {text}"
+
+    return check

@@ -1,0 +1,158 @@
+"""The k-reciprocal Jaccard distance as a sparse graph: only pairs near enough to matter are ever held.
+
+Zhong et al., CVPR 2017, equation 10 (https://arxiv.org/abs/1701.08398):
+    m_ij = sum over k of min(V_ik, V_jk),   d_ij = max(0, 1 - m_ij / (2 - m_ij)).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uda_reid.retrieval.checks import FeatureError, normalised
+from uda_reid.retrieval.neighbours import DEFAULT_BUDGET_BYTES, Neighbours
+from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
+
+
+class SparseGraph(NamedTuple):
+    """All pairs with a distance of at most eps, each in both directions, without the diagonal (its distance is zero).
+
+    indptr: [N + 1] int64, where each row starts.
+    indices: [E] int64, rising within a row.
+    distances: [E] float32 in 0..eps.
+    eps: the bound up to which pairs are held.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    distances: Tensor
+    eps: float
+
+    @property
+    def edges(self) -> int:
+        """Number of pairs, each counted once."""
+        return len(self.indices) // 2
+
+
+class Transposed(NamedTuple):
+    """An encoding by columns.
+
+    indptr: [N + 1] int64, where each column starts.
+    rows: [E] int64, rising within a column.
+    weights: [E] int32.
+    places: [E] int64, where each entry of the encoding stands here.
+    """
+
+    indptr: Tensor
+    rows: Tensor
+    weights: Tensor
+    places: Tensor
+
+
+def jaccard_graph(
+    features: Tensor,
+    neighbours: Neighbours,
+    *,
+    k1: int = 30,
+    k2: int = 6,
+    eps: float = 0.6,
+    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+) -> SparseGraph:
+    """Finds every pair at most eps apart and its distance.
+
+    Args:
+        features: [N, D] float, those that `neighbours` was found in.
+        neighbours: at least min(k1, N) columns; further ones are not read.
+        k1: size of the neighbour lists.
+        k2: rows averaged, 1..k1.
+        eps: largest distance held, 0 <= eps < 1 (at one, every pair would be).
+        budget_bytes: for what is held beside features, encoding and result.
+
+    Returns:
+        The graph, on the device of `features`.
+
+    Raises:
+        FeatureError: for settings out of range or too few columns of neighbours.
+    """
+    if not 1 <= k2 <= k1:
+        raise FeatureError(f"k2 must be between 1 and k1, got k1 = {k1} and k2 = {k2}.")
+    if not 0 <= eps < 1:
+        raise FeatureError(f"eps must be at least 0 and below 1, got {eps}.")
+    bank = normalised(features)
+    n = len(bank)
+    columns = min(k1, n)
+    if neighbours.indices.shape[0] != n or neighbours.indices.shape[1] < columns:
+        raise FeatureError(
+            f"neighbours must be [{n}, at least {columns}] for k1 = {k1}, got {list(neighbours.indices.shape)}."
+        )
+    encoding = encode(
+        bank,
+        neighbours.indices[:, :columns].to(bank.device),
+        neighbours.similarities[:, :columns].to(bank.device),
+        half=half_columns(k1),
+        k2=k2,
+        budget_bytes=budget_bytes,
+    )
+    return _graph(encoding, eps, budget_bytes)
+
+
+def transpose(encoding: Encoding) -> Transposed:
+    """The same entries ordered by column, then row."""
+    n = len(encoding.indptr) - 1
+    rows = torch.repeat_interleave(encoding.indptr.diff())
+    order = encoding.columns.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    counts = torch.bincount(encoding.columns, minlength=n)
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Transposed(indptr, rows[order], encoding.weights[order], places)
+
+
+def _graph(encoding: Encoding, eps: float, budget_bytes: int) -> SparseGraph:
+    n = len(encoding.indptr) - 1
+    found = list(_pairs(encoding, eps, budget_bytes))
+    left, right = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    distance = torch.cat([f[2] for f in found])
+    key, order = torch.cat([left * n + right, right * n + left]).sort()
+    counts = torch.bincount(key // n, minlength=n)
+    indptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return SparseGraph(indptr, key % n, torch.cat([distance, distance])[order], eps)
+
+
+def _pairs(encoding: Encoding, eps: float, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pairs i < j at most eps apart, as (i, j, distance), block of rows by block.
+
+    Entry (i, k) meets the entries (j, k) further down its column. The smaller weights are added up in a table of a row
+    for each i, which is read and cleared only where it was touched, so the work is that of the meetings.
+    """
+    n = len(encoding.indptr) - 1
+    device = encoding.indptr.device
+    by_column = transpose(encoding)
+    first = by_column.places + 1
+    meetings = by_column.indptr[encoding.columns + 1] - first
+    before = torch.cat([meetings.new_zeros(1), meetings.cumsum(0)])
+    per_row = before[encoding.indptr[1:]] - before[encoding.indptr[:-1]]
+    most_rows = max(1, budget_bytes // (16 * n))
+    table = torch.zeros(min(n, most_rows) * n, dtype=torch.int32, device=device)
+    winner = torch.empty(len(table), dtype=torch.int64, device=device)
+    # d <= eps is m >= 2 (1 - eps) / (2 - eps); a little less, since the distance itself is compared below.
+    least = int(encoding.one * (2 * (1 - eps) / (2 - eps) - 1e-6))
+    for start, stop in row_blocks(per_row, max(1, budget_bytes // 64), most_rows):
+        entries = slice(int(encoding.indptr[start]), int(encoding.indptr[stop]))
+        spans, at = expand(first[entries], meetings[entries])
+        local = torch.repeat_interleave(per_row[start:stop])
+        cell = local * n + by_column.rows[at]
+        table.index_add_(0, cell, torch.minimum(encoding.weights[entries][spans], by_column.weights[at]))
+        enough = (table[cell] >= least).nonzero()[:, 0]
+        near = cell[enough]
+        # Of the meetings of one pair, whichever wrote last speaks for it.
+        numbers = torch.arange(len(near), device=device)
+        winner[near] = numbers
+        near = near[winner[near] == numbers]
+        shared = table[near].to(torch.float64) / encoding.one
+        table[cell] = 0
+        distance = (1 - shared / (2 - shared)).clamp_min(0)
+        keep = distance <= eps
+        near = near[keep]
+        yield near // n + start, near % n, distance[keep].to(torch.float32)

@@ -1,0 +1,172 @@
+"""The k-reciprocal encoding V: who are a point's mutual neighbours, and with what weight.
+
+Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017, equations 2 to 9
+(https://arxiv.org/abs/1701.08398). V has tens of entries a row, so it is held as a sparse matrix and every step works
+on a block of rows under a budget of bytes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uda_reid.retrieval.bank import from_fixed, pair_similarities
+
+
+class Encoding(NamedTuple):
+    """V as rows of (column, weight), weights as integers so that sums are the same in every order.
+
+    indptr: [N + 1] int64, where each row starts.
+    columns: [E] int64, rising within a row.
+    weights: [E] int32, in units of 1 / one.
+    one: what a row sums to, up to rounding.
+    """
+
+    indptr: Tensor
+    columns: Tensor
+    weights: Tensor
+    one: int
+
+
+def half_columns(k1: int) -> int:
+    """h of H(i): round(k1 / 2) + 1 columns, rounding halves to even as the original does."""
+    return round(k1 / 2) + 1
+
+
+def encode(
+    features: Tensor,
+    neighbours: Tensor,
+    similarities: Tensor,
+    *,
+    half: int,
+    k2: int,
+    budget_bytes: int,
+    exponent_scale: Tensor | None = None,
+) -> Encoding:
+    """Builds V from the neighbour lists.
+
+    Args:
+        features: [N, D] float32, L2-normalised.
+        neighbours: [N, k] int64, the point itself first; R(i) is found among all k columns.
+        similarities: [N, k] float32 cosines.
+        half: columns of H(i), clipped to k.
+        k2: V becomes the mean over this many nearest rows, clipped to k; 1 leaves it as it is.
+        budget_bytes: for the temporary arrays of one block of rows.
+        exponent_scale: [N] float32; the weight is exp(-(2 - 2 cos) * scale of the row), one by default.
+
+    Returns:
+        The encoding, on the device of `neighbours`.
+    """
+    n, k = neighbours.shape
+    half, k2 = min(half, k), min(k2, k)
+    mutual, mutual_half = _mutual(neighbours, half, budget_bytes)
+    # Members that do not belong get numbers that no member has, one for each side, so that they never compare equal.
+    ranks = neighbours.to(torch.int32)
+    near = ranks.masked_fill(~mutual, -1)
+    core = ranks[:, :half].masked_fill(~mutual_half, -2)
+    extra = _expansion(near, core, budget_bytes)
+
+    rows, places = mutual.nonzero(as_tuple=True)
+    extra_rows, extra_columns = extra // n, extra % n
+    extra_cosines = from_fixed(pair_similarities(features, features, extra_rows, extra_columns)).to(torch.float32)
+    key = torch.cat([rows * n + neighbours[rows, places], extra])
+    cosine = torch.cat([similarities[rows, places], extra_cosines])
+    key, order = key.sort()
+    rows, cosine = key // n, cosine[order].to(torch.float64)
+    distance = 2 - 2 * cosine
+    if exponent_scale is not None:
+        distance *= exponent_scale.to(torch.float64)[rows]
+    weight = torch.exp(-distance)
+    total = torch.zeros(n, dtype=torch.float64, device=key.device).index_add_(0, rows, weight)
+    # As many bits as let k2 rows be added up in 31.
+    bits = 31 - k2.bit_length()
+    fixed = (weight / total[rows] * 2.0**bits).round().to(torch.int32)
+    encoding = Encoding(_indptr(rows, n), key % n, fixed, 1 << bits)
+    return encoding if k2 == 1 else _averaged(encoding, neighbours[:, :k2], budget_bytes)
+
+
+def row_blocks(counts: Tensor, most: int, most_rows: int) -> list[tuple[int, int]]:
+    """Splits rows into consecutive blocks of at most `most` items and `most_rows` rows (a row is never split)."""
+    ends = counts.cumsum(0)
+    blocks, start, done = [], 0, 0
+    while start < len(counts):
+        stop = int(torch.searchsorted(ends, done + most, right=True))
+        stop = min(max(stop, start + 1), start + most_rows, len(counts))
+        blocks.append((start, stop))
+        start, done = stop, int(ends[stop - 1])
+    return blocks
+
+
+def expand(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For spans [starts[s], starts[s] + counts[s]), the span number and the position of every element."""
+    spans = torch.repeat_interleave(counts)
+    before = counts.cumsum(0) - counts
+    return spans, torch.arange(len(spans), device=starts.device) + (starts - before)[spans]
+
+
+def sum_by_key(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums int values of equal keys: distinct keys in rising order, sums int64."""
+    key, order = key.sort()
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    total = value[order].cumsum(0, dtype=torch.int64)
+    last = torch.cat([first[1:], first[:1]])
+    ends = total[last]
+    ends[1:] -= total[last][:-1]
+    return key[first], ends
+
+
+def _indptr(rows: Tensor, n: int) -> Tensor:
+    counts = torch.bincount(rows, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _mutual(neighbours: Tensor, half: int, budget_bytes: int) -> tuple[Tensor, Tensor]:
+    """Which entries of the lists are mutual, within all columns [N, k] and within the first `half` [N, half]."""
+    n, k = neighbours.shape
+    ranks = neighbours.to(torch.int32)
+    full = torch.empty(n, k, dtype=torch.bool, device=ranks.device)
+    part = torch.empty(n, half, dtype=torch.bool, device=ranks.device)
+    step = max(1, budget_bytes // (6 * k * k))
+    for start in range(0, n, step):
+        block = neighbours[start : start + step]
+        own = torch.arange(start, start + len(block), dtype=torch.int32, device=ranks.device)
+        back = ranks[block] == own[:, None, None]
+        full[start : start + step] = back.any(dim=2)
+        part[start : start + step] = back[:, :half, :half].any(dim=2)
+    return full, part
+
+
+def _expansion(near: Tensor, core: Tensor, budget_bytes: int) -> Tensor:
+    """What R*(i) has beyond R(i), as sorted keys i * N + j."""
+    (n, k), half = near.shape, core.shape[1]
+    size = (core >= 0).sum(dim=1)
+    step = max(1, budget_bytes // (k * half * (k + 16)))
+    found = []
+    for start in range(0, n, step):
+        block = near[start : start + step]
+        rows, places = (block >= 0).nonzero(as_tuple=True)
+        helper = block[rows, places]
+        members = core[helper]
+        known = (members[:, :, None] == block[rows][:, None, :]).any(dim=2)
+        joins = 3 * known.sum(dim=1) > 2 * size[helper]
+        new = ~known & (members >= 0) & joins[:, None]
+        at, column = new.nonzero(as_tuple=True)
+        found.append(torch.unique((rows[at] + start) * n + members[at, column]))
+    return torch.cat(found)
+
+
+def _averaged(encoding: Encoding, nearest: Tensor, budget_bytes: int) -> Encoding:
+    """The sum of V over each row's nearest rows (query expansion), in units that make it the mean."""
+    n, k2 = nearest.shape
+    lengths = encoding.indptr.diff()
+    counts = lengths[nearest].sum(dim=1)
+    keys, weights = [], []
+    for start, stop in row_blocks(counts, max(1, budget_bytes // 80), n):
+        sources = nearest[start:stop].reshape(-1)
+        spans, at = expand(encoding.indptr[sources], lengths[sources])
+        key, weight = sum_by_key((spans // k2 + start) * n + encoding.columns[at], encoding.weights[at])
+        keys.append(key)
+        weights.append(weight.to(torch.int32))
+    key = torch.cat(keys)
+    return Encoding(_indptr(key // n, n), key % n, torch.cat(weights), encoding.one * k2)

@@ -104,10 +104,10 @@ def _wall(draw: Draw, place: Place, foot: float, rng: np.random.Generator) -> No
             )
         return
     if place.wall in ("brick", "tiles"):
-        wide, tall = (26, 10) if place.wall == "brick" else (30, 30)
-        for row, y in enumerate(np.arange(0, foot, tall)):
-            for x in np.arange(-(row % 2) * wide / 2 if place.wall == "brick" else 0.0, SCENE_WIDTH, wide):
-                draw.rectangle((x, y, x + wide - 2, min(y + tall - 2, foot)), fill=vary(colour, rng, 9))
+        unit, course = (26, 10) if place.wall == "brick" else (30, 30)
+        for row, y in enumerate(np.arange(0, foot, course)):
+            for x in np.arange(-(row % 2) * unit / 2 if place.wall == "brick" else 0.0, SCENE_WIDTH, unit):
+                draw.rectangle((x, y, x + unit - 2, min(y + course - 2, foot)), fill=vary(colour, rng, 9))
     column = 0.0
     while column < SCENE_WIDTH:
         wide = float(rng.uniform(34, 90))

@@ -13,7 +13,7 @@ from uda_reid.synthetic.canvas import HEIGHT, WIDTH
 
 @dataclass(frozen=True)
 class Camera:
-    """A place and the camera in it. Angles in degrees, lengths in pixels of the finished image where nothing is said."""
+    """A place and the camera in it. Angles in degrees; lengths in pixels of the finished image."""
 
     place: Place
     yaw: float = 0.0  # the way most people walk here: 0 towards the camera, 90 to the picture's right, 180 away

@@ -17,9 +17,9 @@ GIRTH_OF = {"jacket": 1.12, "coat": 1.18, "hoodie": 1.08, "sweater": 1.05}
 class Pose:
     """One moment of a walk, in radians and canvas pixels.
 
-    `yaw` is 0 for somebody who faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera looks
-    down; `phase`: where in the walk's period; `stride` and `swing`: how far legs and arms go; `feet`: where the lower foot
-    stands; `pixels`: the height of an average body.
+    `yaw` is 0 for somebody who faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera
+    looks down; `phase`: where in the walk's period; `stride` and `swing`: how far legs and arms go; `feet`: where the
+    lower foot stands; `pixels`: the height of an average body.
     """
 
     yaw: float
@@ -273,8 +273,9 @@ def _head(figure: Figure) -> None:
             half = rx * (0.3 + 0.35 * max(turn, 0.0))
             if person.beard:
                 canvas.ellipse((x, y + 0.68 * ry), half, 0.28 * ry, person.hair)
-            dark: Colour = (30, 28, 30)
-            canvas.line([(x - half, y), (x + half, y)], 0.016 * size if person.glasses else 1, dark)
+            red, green, blue = person.skin
+            brow: Colour = (34, 32, 34) if person.glasses else (red // 2, green // 2, blue // 2)
+            canvas.line([(x - half, y), (x + half, y)], 0.012 * size, brow)
         if person.hat != "none":
             top = (centre[0], centre[1] - 0.42 * ry)
             canvas.ball(top, rx * 1.15, ry * 0.68, person.hat_colour)
@@ -335,7 +336,9 @@ def _bag(figure: Figure) -> None:
         canvas.tube([top, bottom], [half * 0.9, half], bag.colour)
         canvas.line([(centre[0] - half * 0.8, centre[1]), (centre[0] + half * 0.8, centre[1])], 0.02 * size, bag.accent)
 
-    figure.later(figure.depth(where[0], where[2]) + 0.06 * (1 if figure.depth(hip, 0.0) > 0 else -1), paint)
+    # On the far side even the legs, which are painted before everything else, hide it.
+    depth = figure.depth(where[0], where[2])
+    figure.later(depth + 0.06 if depth > -0.03 else -2.0, paint)
 
 
 def _mix(start: Point, end: Point, share: float) -> Point:

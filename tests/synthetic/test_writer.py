@@ -1,0 +1,167 @@
+"""A written domain is a data set in the Market-1501 layout, the same for the same seed and never a half one."""
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from uda_reid.errors import UserError
+from uda_reid.synthetic import DOMAINS, write_domain
+from uda_reid.synthetic.photograph import photograph
+
+FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+NAME = re.compile(r"(-1|\d{4})_c(\d)s(\d)_(\d{6})_(\d{2})\.jpg")
+SMALL = {"train_identities": 5, "test_identities": 8}
+
+
+def digest(root: Path) -> dict[str, str]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def parsed(root: Path, folder: str) -> list[tuple[int, int, int]]:
+    """(person id, camera, frame) of each file; every name must parse."""
+    found = []
+    for path in sorted((root / folder).iterdir()):
+        match = NAME.fullmatch(path.name)
+        assert match, path.name
+        found.append((int(match[1]), int(match[2]), int(match[4])))
+    return found
+
+
+@pytest.fixture(scope="module", params=list(DOMAINS))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_domain(request.param, tmp_path_factory.mktemp("written") / request.param, **SMALL)
+
+
+def test_layout_and_names(written: Path) -> None:
+    assert sorted(path.name for path in written.iterdir()) == sorted([*FOLDERS, "domain.json"])
+    for folder in FOLDERS:
+        assert parsed(written, folder)
+    with Image.open(next((written / "query").iterdir())) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 128))
+
+
+def test_description_agrees_with_the_files(written: Path) -> None:
+    facts = json.loads((written / "domain.json").read_text())
+    assert (facts["name"], facts["seed"]) == (written.name, 0)
+    assert {key: facts[key] for key in SMALL} == SMALL
+    assert facts["images"] == sum(len(parsed(written, folder)) for folder in FOLDERS)
+    assert facts["generator_version"] >= 1
+    assert facts["cameras"] == len({camera for folder in FOLDERS for _, camera, _ in parsed(written, folder)})
+
+
+def test_identities_of_train_and_test_are_disjoint(written: Path) -> None:
+    train = {person for person, _, _ in parsed(written, "bounding_box_train")}
+    query = {person for person, _, _ in parsed(written, "query")}
+    gallery = {person for person, _, _ in parsed(written, "bounding_box_test")}
+    assert len(train) == SMALL["train_identities"]
+    assert len(query) == SMALL["test_identities"]
+    assert not train & query
+    assert gallery - query == {0, -1}
+    assert min(train | query) > 0
+
+
+def test_every_query_has_a_match_by_another_camera(written: Path) -> None:
+    cameras = defaultdict(set)
+    for person, camera, _ in parsed(written, "bounding_box_test"):
+        cameras[person].add(camera)
+    queries = [(person, camera) for person, camera, _ in parsed(written, "query")]
+    assert len(set(queries)) == len(queries)
+    for person, camera in queries:
+        assert cameras[person] - {camera}
+
+
+def test_frames_do_not_tell_the_identity(written: Path) -> None:
+    rows = [row for folder in FOLDERS for row in parsed(written, folder)]
+    assert len({frame for _, _, frame in rows}) == len(rows)
+    in_order = [person for person, _, _ in sorted(rows, key=lambda row: row[2]) if person > 0]
+    runs = 1 + sum(a != b for a, b in pairwise(in_order))
+    # By frame, neighbours share an identity about as seldom as in a random order (1 in 13), not as in a sorted one.
+    assert runs > 0.8 * len(in_order)
+
+
+def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
+    one = write_domain("station", tmp_path / "one", **SMALL, seed=3)
+    again = write_domain(DOMAINS["station"], tmp_path / "again", **SMALL, seed=3)
+    two = write_domain("station", tmp_path / "two", **SMALL, seed=3, workers=2)
+    assert digest(one) == digest(again) == digest(two)
+
+
+def test_another_seed_gives_other_pictures(tmp_path: Path) -> None:
+    one = digest(write_domain("campus", tmp_path / "one", **SMALL, seed=0))
+    other = digest(write_domain("campus", tmp_path / "other", **SMALL, seed=1))
+    assert not set(one.values()) & set(other.values())
+
+
+def test_a_picture_does_not_hang_on_those_drawn_before_it() -> None:
+    alone = photograph(DOMAINS["plaza"], 0, 7, 2, 1)
+    for identity in range(1, 5):
+        photograph(DOMAINS["plaza"], 0, identity, 2, 0)
+    assert alone.tobytes() == photograph(DOMAINS["plaza"], 0, 7, 2, 1).tobytes()
+
+
+def test_progress_counts_up_to_all_images(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    out = write_domain(
+        "plaza", tmp_path / "plaza", **SMALL, on_progress=lambda done, total: calls.append((done, total))
+    )
+    total = sum(len(parsed(out, folder)) for folder in FOLDERS)
+    assert calls[-1] == (total, total)
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, interruption: type[BaseException]) -> None:
+    def stop(done: int, total: int) -> None:
+        raise interruption
+
+    with pytest.raises(interruption):
+        write_domain("plaza", tmp_path / "plaza", **SMALL, on_progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_remains_of_a_killed_write_are_replaced(tmp_path: Path) -> None:
+    remains = tmp_path / ".plaza.partial"
+    remains.mkdir()
+    (remains / "half.jpg").touch()
+    out = write_domain("plaza", tmp_path / "plaza", **SMALL)
+    assert list(tmp_path.iterdir()) == [out]
+    assert not (out / "half.jpg").exists()
+
+
+def test_an_existing_folder_is_written_to_only_when_empty(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "plaza"
+    out.mkdir(parents=True)
+    write_domain("plaza", out, **SMALL)
+    before = digest(out)
+    with pytest.raises(UserError, match="new or empty folder"):
+        write_domain("plaza", out, **SMALL, seed=1)
+    assert digest(out) == before
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plaza").write_text("mine")
+    with pytest.raises(UserError, match="new or empty folder"):
+        write_domain("plaza", tmp_path / "plaza", **SMALL)
+    assert (tmp_path / "plaza").read_text() == "mine"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'staton'.*'station'.*plaza, station, campus"):
+        write_domain("staton", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"train_identities": 1}, {"test_identities": 0}, {"train_identities": 9999}, {"workers": 0}, {"seed": -1}]
+)
+def test_impossible_numbers_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="Expected"):
+        write_domain("plaza", tmp_path / "out", **wrong)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,204 @@
+"""Decoding once into a uint8 store, against Pillow."""
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from uda_reid.data import image_store
+from uda_reid.data.image_store import ImageSettings, decode, in_content_order, load_images, stream_images
+from uda_reid.data.records import UNKNOWN, make_records
+from uda_reid.errors import UserError
+
+SMALL = ImageSettings(height=24, width=12)
+NEVER_IN_MEMORY = ImageSettings(height=24, width=12, memory_limit_gib=0.0)
+
+
+def reference(path: Path, settings: ImageSettings) -> np.ndarray:
+    """What Pillow makes of the file, pixel by pixel."""
+    with Image.open(path) as image:
+        resized = image.convert("RGB").resize((settings.width, settings.height), Image.Resampling.BILINEAR)
+    pixels = np.zeros((3, settings.height, settings.width), dtype=np.uint8)
+    for row in range(settings.height):
+        for column in range(settings.width):
+            pixels[:, row, column] = resized.getpixel((column, row))
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("a.jpg", "RGB"), ("a.jpg", "L"), ("a.png", "RGBA"), ("a.png", "P"), ("a.bmp", "RGB")]
+)
+@pytest.mark.parametrize("size", [(20, 40), (12, 24), (5, 9)])
+def test_decode_is_pillows_bilinear_rgb(
+    name: str, mode: str, size: tuple[int, int], tmp_path: Path, draw: Callable[..., Path]
+) -> None:
+    path = draw(tmp_path / name, seed=3, size=size, mode=mode)
+    pixels = decode(path, SMALL)
+    assert (pixels.shape, pixels.dtype) == ((3, 24, 12), np.uint8)
+    assert (pixels == reference(path, SMALL)).all()
+
+
+def test_the_store_keeps_the_order_of_the_paths(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(7)]
+    shuffled = [paths[i] for i in (3, 0, 6, 2, 2, 5)]
+    store = load_images(shuffled, SMALL)
+    assert (store.shape, store.dtype) == ((6, 3, 24, 12), torch.uint8)
+    for image, path in zip(store, shuffled, strict=True):
+        assert (image.numpy() == decode(path, SMALL)).all()
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 5, 8])
+def test_memory_map_and_stream_equal_the_store_in_memory(
+    images: int, tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_store, "CHUNK", 4)
+    paths = [draw(tmp_path / f"{i}.jpg", seed=i) for i in range(images)]
+    seen: list[tuple[int, int]] = []
+    in_memory = load_images(paths, SMALL, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(min(start + 4, images), images) for start in range(0, images, 4)]
+    assert torch.equal(load_images(paths, NEVER_IN_MEMORY, tmp_path), in_memory)
+    blocks = list(stream_images(paths, SMALL))
+    assert [len(block) for block in blocks] == [min(4, images - start) for start in range(0, images, 4)]
+    assert torch.equal(torch.cat(blocks), in_memory)
+
+
+def test_a_large_set_lies_in_a_file_that_goes_with_it(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    paths = [draw(tmp_path / "images" / f"{i}.png", seed=i) for i in range(3)]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    store = load_images(paths, NEVER_IN_MEMORY, scratch)
+    assert os.listdir(scratch) == []
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(scratch) in maps.read_text()
+        del store
+        assert str(scratch) not in maps.read_text()
+
+
+def test_the_limit_is_the_size_of_the_store(
+    tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(4)]
+    size = 4 * 3 * 24 * 12
+    assert SMALL.bytes_of(4) == size
+    mapped = []
+    original = image_store._memory_map
+    monkeypatch.setattr(image_store, "_memory_map", lambda *args: mapped.append(args) or original(*args))
+    load_images(paths, ImageSettings(height=24, width=12, memory_limit_gib=size / 2**30), tmp_path)
+    assert mapped == []
+    load_images(paths, ImageSettings(height=24, width=12, memory_limit_gib=(size - 1) / 2**30), tmp_path)
+    assert len(mapped) == 1
+
+
+def test_the_store_needs_no_file_any_more(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    path = draw(tmp_path / "a.png")
+    expected = torch.tensor(decode(path, SMALL))
+    store = load_images([path], SMALL)
+    path.unlink()
+    assert torch.equal(store[0], expected)
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not an image")
+    elif how == "absent":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text", "absent"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp"])
+def test_a_damaged_image_is_named_in_one_sentence(
+    how: str, suffix: str, tmp_path: Path, draw: Callable[..., Path], assert_sentence: Callable[..., None]
+) -> None:
+    good = [draw(tmp_path / f"good{i}.{suffix}", seed=i) for i in range(3)]
+    bad = draw(tmp_path / f"bad.{suffix}", seed=9)
+    spoil(bad, how)
+    for read in (lambda paths: load_images(paths, SMALL), lambda paths: list(stream_images(paths, SMALL))):
+        with pytest.raises(UserError) as error:
+            read([*good, bad])
+        assert_sentence(error.value, bad)
+
+
+def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    rng = random.Random(0)
+    refused = 0
+    for suffix in ("jpg", "png", "bmp"):
+        content = draw(tmp_path / f"a.{suffix}").read_bytes()
+        for _ in range(40):
+            changed = bytearray(content)
+            for _ in range(3):
+                changed[rng.randrange(min(len(changed), 60))] = rng.randrange(256)
+            path = tmp_path / f"b.{suffix}"
+            path.write_bytes(changed)
+            try:
+                decode(path, SMALL)
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error)
+    assert refused > 20
+
+
+def test_content_order_does_not_know_names_or_identities(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    contents = [draw(tmp_path / f"{i}.png", seed=i).read_bytes() for i in range(12)]
+    orders = []
+    for trial in range(3):
+        folder = tmp_path / f"trial{trial}"
+        folder.mkdir()
+        # Every trial gives the same twelve images other names and other identities, and reads them in another order.
+        names = random.Random(trial).sample(range(1000), 12)
+        paths = [folder / f"{names[i]:04d}_c{i % 3 + 1}_1.png" for i in range(12)]
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
+        order = random.Random(trial + 10).sample(range(12), 12)
+        records = make_records([paths[i] for i in order], [names[i] for i in order], [i % 3 + 1 for i in order])
+        ordered = in_content_order(records)
+        assert (ordered.person_ids == UNKNOWN).all()
+        places = [paths.index(path) for path in ordered.paths]
+        assert sorted(places) == list(range(12))
+        assert ordered.camera_ids.tolist() == [place % 3 + 1 for place in places]
+        orders.append(places)
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0] != list(range(12))
+
+
+def test_content_order_of_copies_follows_the_camera(tmp_path: Path, draw: Callable[..., Path]) -> None:
+    content = draw(tmp_path / "a.png").read_bytes()
+    paths = []
+    for name in ("x", "y", "z"):
+        paths.append(tmp_path / f"{name}.png")
+        paths[-1].write_bytes(content)
+    ordered = in_content_order(make_records(paths, [1, 2, 3], [5, 2, 4]))
+    assert ordered.camera_ids.tolist() == [2, 4, 5]
+
+
+def test_content_order_names_a_file_that_is_gone(tmp_path: Path, assert_sentence: Callable[..., None]) -> None:
+    with pytest.raises(UserError) as error:
+        in_content_order(make_records([tmp_path / "gone.png"], [1], [1]))
+    assert_sentence(error.value, tmp_path / "gone.png")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"height": 0}, "images.height"),
+        ({"width": -1}, "images.width"),
+        ({"mean": (0.5, 0.5)}, "images.mean"),
+        ({"std": (0.5, 0.5, 0.0)}, "images.std"),
+    ],
+)
+def test_settings_refuse_what_cannot_be(
+    wrong: dict[str, object], named: str, assert_sentence: Callable[..., None]
+) -> None:
+    with pytest.raises(UserError) as error:
+        ImageSettings(**wrong)  # type: ignore[arg-type]
+    assert_sentence(error.value, named)

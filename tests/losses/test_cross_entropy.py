@@ -39,3 +39,19 @@ def test_half_precision_logits_give_a_full_precision_loss() -> None:
     assert loss.dtype == torch.float32
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
+
+
+def test_only_valid_images_count() -> None:
+    logits = [torch.randn(4, 5, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    labels, valid = torch.tensor([0, 4, 2, 2]), torch.tensor([True, False, True, False])
+    kept = smoothed_cross_entropy([each[valid] for each in logits], labels[valid])
+    assert torch.allclose(smoothed_cross_entropy(logits, labels, valid=valid), kept)
+
+
+def test_without_valid_images_it_is_zero_with_a_graph() -> None:
+    logits = torch.zeros(2, 5, requires_grad=True)
+    loss = smoothed_cross_entropy([logits], torch.tensor([0, 1]), valid=torch.zeros(2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.eq(0).all()

@@ -95,3 +95,15 @@ def test_refusals_name_what_would_work() -> None:
         cnn_trunk("resnet18", options={"output_stride": 16})
     with pytest.raises(UserError, match="correct the options"):
         cnn_trunk("resnet18", options={"embed_dim": 96})
+
+
+def test_a_stem_without_pool_doubles_the_grid_and_keeps_every_weight() -> None:
+    options = {"channels": [8, 16, 24, 32]}
+    pooled = cnn_trunk("resnet10t", options=options).eval()
+    unpooled = cnn_trunk("resnet10t", stem_pool=False, options=options).eval()
+    images = torch.zeros(1, 3, 64, 32)
+    assert pooled(images).shape == (1, 32, 4, 2)
+    assert unpooled(images).shape == (1, 32, 8, 4)
+    unpooled.load_state_dict(pooled.state_dict(), strict=True)
+    with pytest.raises(UserError, match="stem_pool = true"):
+        cnn_trunk("efficientnet_b0", stem_pool=False)

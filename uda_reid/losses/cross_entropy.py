@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def smoothed_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, smoothing: float = 0.1) -> Tensor:
+def smoothed_cross_entropy(
+    logits: Sequence[Tensor], labels: Tensor, *, smoothing: float = 0.1, valid: Tensor | None = None
+) -> Tensor:
     """Cross-entropy against softened labels, which keeps a classifier from growing sure of few images.
 
     Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7,
@@ -19,9 +21,13 @@ def smoothed_cross_entropy(logits: Sequence[Tensor], labels: Tensor, *, smoothin
         logits: [B, M] float for each output.
         labels: [B] int64 in [0, M).
         smoothing: in [0, 1).
+        valid: [B] bool, images that count; None is all. Where none does, the loss is 0 and its gradient too.
 
     Returns:
         Scalar float32 or wider, at least 0, summed over the outputs.
     """
     wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits]
-    return torch.stack([F.cross_entropy(each, labels, label_smoothing=smoothing) for each in wide]).sum()
+    if valid is None:
+        return torch.stack([F.cross_entropy(each, labels, label_smoothing=smoothing) for each in wide]).sum()
+    losses = [F.cross_entropy(each, labels, label_smoothing=smoothing, reduction="none") for each in wide]
+    return (torch.stack(losses).sum(dim=0) * valid).sum() / valid.sum().clamp(min=1)

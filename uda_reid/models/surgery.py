@@ -79,6 +79,17 @@ def remove_last_stride(model: nn.Module, forward: Callable[[Tensor], Tensor], na
         raise UserError(refusal)
 
 
+def remove_stem_pool(model: nn.Module, name: str) -> None:
+    """Leave out the pooling between a ResNet's first layer and its first stage, which doubles every later grid.
+
+    Raises:
+        UserError: the model has no such layer.
+    """
+    if not isinstance(getattr(model, "maxpool", None), nn.Module):
+        raise UserError(f"Expected a stem of {name} that pools, as a ResNet's does, found none: use stem_pool = true.")
+    model.maxpool = nn.Identity()
+
+
 def _grid(feature_map: Tensor) -> Grid:
     return feature_map.shape[-2], feature_map.shape[-1]
 

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.surgery import drop_unused, dry_run, remove_last_stride
+from uda_reid.models.surgery import drop_unused, dry_run, remove_last_stride, remove_stem_pool
 from uda_reid.models.weights import load_strictly, read_state_dict
 
 VIT_EXAMPLES = (
@@ -106,7 +106,12 @@ class VitTrunk(nn.Module):
 
 
 def cnn_trunk(
-    name: str, *, weights: str = "none", last_stride: int = 1, options: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    weights: str = "none",
+    last_stride: int = 1,
+    stem_pool: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> CnnTrunk:
     """Build the trunk of any convolutional network of timm.
 
@@ -115,6 +120,7 @@ def cnn_trunk(
         weights: "none" (random start), "timm" (downloaded by timm) or the path of a file.
         last_stride: 1 keeps the finer grid through the last stage (16x8 of a 256x128 image for a ResNet), 2 is the
             network as published.
+        stem_pool: False leaves out the pooling after a ResNet's first layer, for images too small to lose its rows.
         options: passed on to timm.create_model.
 
     Raises:
@@ -135,6 +141,8 @@ def cnn_trunk(
         raise UserError(refusal)
     if last_stride == 1:
         remove_last_stride(model, model.forward_features, name)
+    if not stem_pool:
+        remove_stem_pool(model, name)
     drop_unused(model, model.forward_features)
     return CnnTrunk(model, output.shape[1])
 

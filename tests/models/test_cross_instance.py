@@ -1,0 +1,206 @@
+"""X-ReID's modules against loops, and who may look at whom."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from uda_reid.errors import UserError
+from uda_reid.losses.attention_mass import attention_mass_loss
+from uda_reid.losses.cross_entropy import smoothed_cross_entropy
+from uda_reid.losses.distillation import cosine_distillation
+from uda_reid.losses.triplet import batch_hard_soft_margin
+from uda_reid.models.cross_instance import CrossInstanceBlock, InterX, IntraX, hardest_pairs
+from uda_reid.models.part_fusion import join_maps
+from uda_reid.models.plain import PlainVit
+from uda_reid.models.reid_model import Classifiers, ReIDModel
+from uda_reid.models.trunks import VitTrunk
+
+WIDTH, CHANNELS, HEADS = 6, 4, 2
+LABELS = [0, 1, 0, 2, 1, 0, 3]
+
+
+def batch(labels: list[int] = LABELS) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, maps and labels."""
+    count = len(labels)
+    return (
+        torch.randn(count, WIDTH, dtype=torch.float64),
+        torch.randn(count, CHANNELS, 3, 2, dtype=torch.float64),
+        torch.tensor(labels),
+    )
+
+
+def shaken(kind: type[IntraX] | type[InterX]) -> Any:
+    module = kind(WIDTH, CHANNELS, HEADS).double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module
+
+
+def layer_norm(vector: Tensor, norm: Any) -> Tensor:
+    centred = vector - vector.mean()
+    return centred / (centred.square().mean() + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def cross_attend(query: Tensor, tokens: list[Tensor], block: Any) -> tuple[Tensor, list[list[float]]]:
+    """The block by its definition for one query [D] and any number of tokens [C]; also the attention of each head."""
+    depth = WIDTH // HEADS
+    q = block.query.weight @ layer_norm(query, block.norm_query)
+    normed = [layer_norm(token, block.norm_tokens) for token in tokens]
+    read, attention = [], []
+    for head in range(HEADS):
+        part = slice(head * depth, (head + 1) * depth)
+        scores = [(q[part] @ (block.key.weight @ token)[part]).item() / math.sqrt(depth) for token in normed]
+        total = sum(math.exp(score) for score in scores)
+        weights = [math.exp(score) / total for score in scores]
+        attention.append(weights)
+        values = [weight * (block.value.weight @ token)[part] for weight, token in zip(weights, normed, strict=True)]
+        read.append(sum(values, torch.zeros(depth, dtype=torch.float64)))
+    query = query + block.proj.weight @ torch.cat(read) + block.proj.bias
+    hidden = block.mlp.fc1.weight @ layer_norm(query, block.norm_mlp) + block.mlp.fc1.bias
+    hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+    return query + block.mlp.fc2.weight @ hidden + block.mlp.fc2.bias, attention
+
+
+def tokens_of(feature_map: Tensor) -> list[Tensor]:
+    return [feature_map[:, row, column] for row in range(3) for column in range(2)]
+
+
+def test_intra_reads_the_other_images_of_the_identity() -> None:
+    module = shaken(IntraX)
+    embedding, maps, labels = batch()
+    out = module(embedding, maps, labels)
+    for anchor in range(len(LABELS)):
+        others = [other for other, label in enumerate(LABELS) if label == LABELS[anchor] and other != anchor]
+        tokens = [token for other in others for token in tokens_of(maps[other])]
+        expected, _ = cross_attend(embedding[anchor], tokens, module.block)
+        assert torch.allclose(out.embedding[anchor], expected)
+        assert out.valid[anchor].item() == bool(others)
+    assert torch.allclose(out.bn_embedding, module.neck(out.embedding))
+
+
+def test_intra_never_reads_the_anchor_itself_or_another_identity() -> None:
+    module = shaken(IntraX)
+    embedding, maps, labels = batch()
+    maps.requires_grad_()
+    out = module(embedding, maps, labels).embedding
+    for anchor in range(len(LABELS)):
+        (gradient,) = torch.autograd.grad(out[anchor].sum(), maps, retain_graph=True)
+        for other, label in enumerate(LABELS):
+            may_read = label == LABELS[anchor] and other != anchor
+            assert (gradient[other].abs().sum() > 0).item() == may_read
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [5], [0, 0, 1, 2]], ids=["K = 1", "batch of one", "some alone"])
+def test_images_without_a_positive_are_masked_and_harmless(labels: list[int]) -> None:
+    intra, inter = shaken(IntraX), shaken(InterX)
+    embedding, maps, ids = batch(labels)
+    embedding.requires_grad_()
+    first, second = intra(embedding, maps, ids), inter(embedding, maps, ids)
+    expected = [labels.count(label) > 1 for label in labels]
+    assert first.valid.tolist() == expected
+    assert second.valid.tolist() == expected
+    classifier = Classifiers((WIDTH,), 6).double()
+    loss = (
+        smoothed_cross_entropy(classifier((first.bn_embedding,)), ids, valid=first.valid)
+        + batch_hard_soft_margin(first.embedding, ids)
+        + cosine_distillation(embedding, first.embedding, first.valid)
+        + attention_mass_loss(second.masses, second.valid)
+    )
+    loss.backward()
+    assert embedding.grad is not None
+    assert embedding.grad.isfinite().all()
+    assert (loss.item() > 0) == any(expected)
+
+
+def test_without_a_negative_inter_is_not_valid() -> None:
+    module = shaken(InterX)
+    assert not module(*batch([4, 4, 4])).valid.any()
+
+
+def test_hardest_pairs_are_those_of_the_distances() -> None:
+    embedding, _, labels = batch()
+    positives, negatives, valid = hardest_pairs(embedding, labels)
+    for anchor, own in enumerate(LABELS):
+        distances = [math.dist(embedding[anchor].tolist(), row) for row in embedding.tolist()]
+        same = [other for other, label in enumerate(LABELS) if label == own and other != anchor]
+        rest = [other for other, label in enumerate(LABELS) if label != own]
+        assert valid[anchor].item() == bool(same and rest)
+        if same:
+            assert positives[anchor].item() == max(same, key=distances.__getitem__)
+            assert negatives[anchor].item() == min(rest, key=distances.__getitem__)
+
+
+def test_inter_reads_the_hardest_positive_and_negative() -> None:
+    module = shaken(InterX)
+    embedding, maps, labels = batch()
+    out = module(embedding, maps, labels)
+    assert torch.allclose(out.masses.sum(dim=1), torch.ones(len(LABELS), dtype=torch.float64))
+    positives, negatives, valid = hardest_pairs(embedding, labels)
+    assert valid.sum() == 5
+    for anchor in valid.nonzero().flatten().tolist():
+        tokens = tokens_of(maps[positives[anchor]]) + tokens_of(maps[negatives[anchor]])
+        expected, attention = cross_attend(embedding[anchor], tokens, module.block)
+        assert torch.allclose(out.embedding[anchor], expected)
+        mass = sum(sum(weights[:6]) for weights in attention) / HEADS
+        assert out.masses[anchor].tolist() == pytest.approx([mass, 1 - mass])
+    assert torch.allclose(out.bn_embedding, module.neck(out.embedding))
+
+
+@pytest.mark.parametrize("kind", [IntraX, InterX])
+def test_a_new_order_of_the_batch_changes_nothing(kind: type[IntraX] | type[InterX]) -> None:
+    module = shaken(kind)
+    embedding, maps, labels = batch([0, 0, 1, 1, 2, 2])
+    order = torch.tensor([3, 5, 0, 4, 1, 2])
+    out, moved = module(embedding, maps, labels), module(embedding[order], maps[order], labels[order])
+    assert all(torch.allclose(a[order].double(), b.double()) for a, b in zip(out, moved, strict=True))
+
+
+def test_losses_train_every_parameter(small_vit: VitTrunk, assert_all_trained: Any, freeze_statistics: Any) -> None:
+    model = ReIDModel(PlainVit(small_vit)).double()
+    intra, inter = IntraX(24, model.map_channels, 3).double(), InterX(24, model.map_channels, 3).double()
+    heads = Classifiers((24, 24, 24), 4).double()
+    for module in (model, intra, inter):
+        freeze_statistics(module)
+    labels = torch.arange(4).repeat_interleave(2)
+    out = model(torch.randn(8, 3, 64, 32, dtype=torch.float64), torch.arange(8) % 3)
+    maps = join_maps(out.maps)
+    first, second = intra(out.embeddings[0], maps, labels), inter(out.embeddings[0], maps, labels)
+    necked = (out.bn_embeddings[0], first.bn_embedding, second.bn_embedding)
+    loss = (
+        smoothed_cross_entropy(heads(necked), labels, valid=first.valid & second.valid)
+        + batch_hard_soft_margin(first.embedding, labels)
+        + cosine_distillation(out.embeddings[0], first.embedding, first.valid)
+        + attention_mass_loss(second.masses, second.valid)
+    )
+    assert_all_trained(loss, model, intra, inter, heads, floor=1e-10)
+
+
+def test_the_attention_mass_alone_trains_where_to_look() -> None:
+    module = shaken(InterX)
+    embedding, maps, labels = batch([0, 0, 1, 1, 2, 2])
+    before = module(embedding, maps, labels).masses[:, 0].mean().item()
+    optimiser = torch.optim.Adam([module.block.query.weight, module.block.key.weight], lr=0.02)
+    for _ in range(60):
+        out = module(embedding, maps, labels)
+        optimiser.zero_grad()
+        attention_mass_loss(out.masses, out.valid).backward()
+        optimiser.step()
+    assert module(embedding, maps, labels).masses[:, 0].mean().item() > before + 0.1
+
+
+def test_mixed_precision_keeps_masses_that_sum_to_one() -> None:
+    module = shaken(InterX).float()
+    embedding, maps, labels = batch([0, 0, 1, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(embedding.float(), maps.float(), labels)
+    assert out.masses.dtype == torch.float32
+    assert torch.allclose(out.masses.sum(dim=1), torch.ones(4), atol=1e-5)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(UserError, match="width 6 must be a multiple of its 4 heads"):
+        CrossInstanceBlock(6, 4, heads=4)

@@ -105,7 +105,9 @@ def _make_backbone(recipe: Recipe, cameras: int, pretrained: bool) -> Backbone:
 def _make_cnn(recipe: Recipe, pretrained: bool) -> CnnTrunk:
     cnn = recipe.model.cnn
     weights = cnn.weights if pretrained else "none"
-    return cnn_trunk(cnn.name, weights=weights, last_stride=cnn.last_stride, options=cnn.options)
+    return cnn_trunk(
+        cnn.name, weights=weights, last_stride=cnn.last_stride, stem_pool=cnn.stem_pool, options=cnn.options
+    )
 
 
 def _make_vit(recipe: Recipe, cameras: int, pretrained: bool) -> VitTrunk:

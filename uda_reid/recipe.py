@@ -31,6 +31,7 @@ class CnnRecipe:
     name: str = "resnet50"
     weights: str = "none"
     last_stride: int = 1
+    stem_pool: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -1,0 +1,100 @@
+"""Each command from start to end on a tiny domain, and what it leaves behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Invoke, settings, summary
+from uda_reid.engine.checkpoint import read_checkpoint
+from uda_reid.recipe import parse_recipe
+
+METRICS = {"mAP", "rank1", "rank5", "rank10", "mINP"}
+ALWAYS = {"seed", "device", "version", "seconds"}
+
+
+def test_pretrain_leaves_recipe_metrics_summary_and_checkpoint(pretrained: Path) -> None:
+    content = summary(pretrained)
+    assert content.keys() >= ALWAYS
+    assert content["test"].keys() == METRICS
+    recipe = parse_recipe((pretrained / "recipe.toml").read_text())
+    assert recipe.images.height == 32  # as resolved, not as shipped
+    rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert read_checkpoint(pretrained / "checkpoint.safetensors").facts["kind"] == "pretrain"
+
+
+def test_adapt_takes_the_newest_pretraining_and_says_so(invoke: Invoke) -> None:
+    for number in (1, 2):
+        made = invoke("pretrain", "--source", "plaza", "--seed", number, *settings())
+        assert made.exit_code == 0, made.output
+    adapted = invoke("adapt", "--target", "station", "--out", "adapted", *settings("adapt"))
+    assert adapted.exit_code == 0, adapted.output
+    runs = sorted(Path("runs").iterdir(), key=lambda folder: (folder / "summary.json").stat().st_mtime_ns)
+    assert f"Starting from {runs[-1]}/checkpoint.safetensors (the newest pre-training run)" in adapted.output
+    content = summary(Path("adapted"))
+    assert content.keys() >= ALWAYS | {"before", "after", "epochs", "sat_out"}
+    assert content["before"].keys() == content["after"].keys() == METRICS
+    for epoch in content["epochs"]:
+        assert epoch["clusters"].keys() == epoch["outliers"].keys() == {"global", "upper", "lower"}
+        assert epoch["seconds"] > 0
+    evaluated = invoke("evaluate", "--target", "station", "--out", "evaluated")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "(the newest run)" in evaluated.output
+
+
+def test_evaluate_repeats_what_pretrain_measured(invoke: Invoke, pretrained: Path) -> None:
+    result = invoke("evaluate", "--target", "plaza", "--checkpoint", pretrained, "--out", "out")
+    assert result.exit_code == 0, result.output
+    measured = summary(Path("out"))
+    assert measured.keys() >= METRICS | ALWAYS
+    assert {key: measured[key] for key in METRICS} == summary(pretrained)["test"]
+
+
+def test_evaluate_repeats_what_adapt_measured(invoke: Invoke, pretrained: Path) -> None:
+    assert invoke("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt")).exit_code == 0
+    assert invoke("evaluate", "--target", "station", "--checkpoint", "a", "--out", "b").exit_code == 0
+    measured = summary(Path("b"))
+    assert {key: measured[key] for key in METRICS} == summary(Path("a"))["after"]
+
+
+def test_reranking_changes_the_ranking(invoke: Invoke, pretrained: Path) -> None:
+    for out, flags in (("plain", []), ("reranked", ["--rerank"])):
+        assert invoke("evaluate", "--target", "plaza", "--checkpoint", pretrained, "--out", out, *flags).exit_code == 0
+    assert summary(Path("plain"))["mAP"] != summary(Path("reranked"))["mAP"]
+
+
+def test_demo_goes_the_whole_way(invoke: Invoke) -> None:
+    result = invoke("demo", "--out", "out", *settings())
+    assert result.exit_code == 0, result.output
+    content = summary(Path("out"))
+    assert content.keys() >= ALWAYS | {"source_only", "adapted"}
+    assert content["source_only"] == summary(Path("out/adapt"))["before"]
+    assert content["adapted"] == summary(Path("out/adapt"))["after"]
+
+
+def test_synth_writes_a_folder_that_can_be_a_source(invoke: Invoke) -> None:
+    made = invoke("synth", "campus", "--out", "crops", "--identities", 6, "--seed", 3)
+    assert made.exit_code == 0, made.output
+    used = invoke("pretrain", "--source", "crops", "--recipe", "demo", "--out", "run", *settings())
+    assert used.exit_code == 0, used.output
+    assert summary(Path("run"))["source"] == "crops"
+
+
+def test_recipes_lists_every_recipe_and_prints_one(invoke: Invoke) -> None:
+    listed = invoke("recipes")
+    assert all(name in listed.output for name in ("demo", "small", "fusionreid", "lf2"))
+    assert parse_recipe(invoke("recipes", "demo").output).images.height == 64
+
+
+def test_no_terminal_gets_plain_lines(invoke: Invoke, pretrained: Path) -> None:
+    output = invoke("evaluate", "--target", "plaza", "--checkpoint", pretrained).output
+    assert "mAP " in output
+    assert not set(output) & set("┃━│─\x1b")
+
+
+@pytest.mark.parametrize("command", ["demo", "pretrain", "adapt", "evaluate", "synth", "recipes"])
+def test_every_command_explains_itself(invoke: Invoke, command: str) -> None:
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.output

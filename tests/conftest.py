@@ -1,0 +1,56 @@
+"""Small data and small recipes that several test folders share."""
+
+import os
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from uda_reid.engine.run import Run
+from uda_reid.recipe import Recipe, load_recipe
+from uda_reid.report.console import Reporter
+from uda_reid.synthetic import write_domain
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core; more threads would only wait for one another
+
+# What makes the demo recipe small enough for a test; the structure stays whole.
+TINY = (
+    "images.height=32",
+    "images.width=16",
+    "model.cnn.options={channels=[8,16,24,32], stem_width=8}",
+    "model.transformer.options={patch_size=8, embed_dim=24, depth=1, num_heads=2}",
+    "model.fusion.width=24",
+    "model.fusion.heads=2",
+    "pretrain.epochs=2",
+    "pretrain.identities=4",
+    "adapt.epochs=2",
+    "adapt.steps=3",
+    "adapt.identities=4",
+    "adapt.cluster.k1=8",
+    "adapt.cluster.k2=2",
+    "adapt.cluster.eps=0.8",
+    "adapt.cluster.min_samples=2",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root in which plaza and station are already rendered, with few identities."""
+    root = tmp_path_factory.mktemp("data")
+    for domain in ("plaza", "station"):
+        write_domain(domain, root / "synthetic" / domain, train_identities=8, test_identities=4)
+    return root
+
+
+@pytest.fixture
+def tiny_recipe() -> Recipe:
+    """The demo recipe, shrunk."""
+    return load_recipe("demo", TINY)
+
+
+@pytest.fixture
+def run() -> Run:
+    """A run on the CPU that keeps nothing and prints into the void."""
+    return Run(torch.device("cpu"), 0, Reporter(StringIO()))

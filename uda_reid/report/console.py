@@ -6,7 +6,6 @@ from time import perf_counter
 from typing import IO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -64,14 +63,14 @@ class Reporter:
             return
         started = perf_counter()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]} images/s"),
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self._console, transient=True) as bar:
-            task = bar.add_task(escape(description), total=None, speed="-")
+            task = bar.add_task(description, total=None, speed="-")
 
             def advance(done: int, total: int) -> None:
                 speed = f"{done / max(perf_counter() - started, 1e-9):,.0f}"
@@ -116,7 +115,7 @@ class Reporter:
         """A table of text, drawn on a terminal and tab-separated elsewhere."""
         if not self.is_terminal:
             for row in [columns, *rows]:
-                self.say("\t".join(row))
+                self._console.out("\t".join(row), highlight=False)  # print would turn tabs into spaces
             return
         table = Table()
         for column in columns:

@@ -81,7 +81,8 @@ def test_each_image_of_a_batch_is_its_own() -> None:
 def test_flip_and_crop_takes_a_pad_above_the_size() -> None:
     image = random_images(1, 3, 2)
     allowed = set(usual_crops(image[0], 5).values())
-    assert all(m.numpy().tobytes() in allowed for m in flip_and_crop(image.expand(500, -1, -1, -1), 0.5, 5, generator()))
+    moved = flip_and_crop(image.expand(500, -1, -1, -1), 0.5, 5, generator())
+    assert all(each.numpy().tobytes() in allowed for each in moved)
 
 
 def test_normalise_is_the_formula() -> None:

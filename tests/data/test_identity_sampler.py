@@ -57,9 +57,7 @@ def test_identities_and_images_are_drawn_evenly() -> None:
 
 def test_every_pair_of_identities_meets() -> None:
     labels = [identity for identity in range(5) for _ in range(2)]
-    meetings = Counter(
-        frozenset((batch[::2] // 2).tolist()) for batch in sampler_of(labels, 2, 2).batches(2000)
-    )
+    meetings = Counter(frozenset((batch[::2] // 2).tolist()) for batch in sampler_of(labels, 2, 2).batches(2000))
     assert len(meetings) == 10
     assert min(meetings.values()) > 100
 
@@ -93,9 +91,7 @@ def test_a_small_identity_fills_its_places_with_repeats() -> None:
 
 def test_the_seed_decides_every_batch() -> None:
     labels = [i % 9 for i in range(50)]
-    first, again, other = (
-        torch.stack(list(sampler_of(labels, 4, 3, seed).batches(20))) for seed in (5, 5, 6)
-    )
+    first, again, other = (torch.stack(list(sampler_of(labels, 4, 3, seed).batches(20))) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

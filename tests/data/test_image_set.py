@@ -27,9 +27,7 @@ def test_plain_batches_are_normalised_images_with_their_cameras() -> None:
 def test_augmented_batches_draw_all_their_randomness_from_the_generator() -> None:
     images, settings, indices = make_set(), AugmentSettings(pad=1), torch.tensor([0, 3, 3, 1])
     pixels, cameras = images.augmented(indices, settings, torch.Generator().manual_seed(2), CPU)
-    expected = augment(
-        images.store[indices], settings, SETTINGS.mean, SETTINGS.std, torch.Generator().manual_seed(2)
-    )
+    expected = augment(images.store[indices], settings, SETTINGS.mean, SETTINGS.std, torch.Generator().manual_seed(2))
     assert torch.equal(pixels, expected)
     assert cameras.tolist() == [0, 2, 2, 1]
     assert torch.equal(images.store, make_set().store)

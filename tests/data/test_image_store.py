@@ -131,7 +131,7 @@ def test_a_damaged_image_is_named_in_one_sentence(
 
 def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path: Path, draw: Callable[..., Path]) -> None:
     rng = random.Random(0)
-    refused = 0
+    sentences = []
     for suffix in ("jpg", "png", "bmp"):
         content = draw(tmp_path / f"a.{suffix}").read_bytes()
         for _ in range(40):
@@ -143,9 +143,9 @@ def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path: Path, draw:
             try:
                 decode(path, SMALL)
             except UserError as error:
-                refused += 1
-                assert str(path) in str(error)
-    assert refused > 20
+                sentences.append(str(error))
+    assert len(sentences) > 20
+    assert all(str(tmp_path / "b.") in sentence for sentence in sentences)
 
 
 def test_content_order_does_not_know_names_or_identities(tmp_path: Path, draw: Callable[..., Path]) -> None:

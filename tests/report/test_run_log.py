@@ -1,0 +1,76 @@
+"""The folder that a run leaves behind."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from uda_reid.errors import UserError
+from uda_reid.report.run_log import RunLog, versions, write_atomically
+
+
+def test_makes_its_folder_and_writes_its_files(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "runs" / "first")
+    assert log.folder.is_dir()
+    log.write_recipe("a = 1\n")
+    log.append({"epoch": 1, "loss": 0.5})
+    log.append({"epoch": 2, "loss": 0.25})
+    log.write_summary({"mAP": 40.0})
+    assert (log.folder / "recipe.toml").read_text() == "a = 1\n"
+    rows = [json.loads(line) for line in (log.folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+    summary = json.loads((log.folder / "summary.json").read_text())
+    assert summary["mAP"] == 40.0
+    assert summary["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert log.checkpoint == log.folder / "checkpoint.safetensors"
+    assert sorted(path.name for path in log.folder.iterdir()) == ["metrics.jsonl", "recipe.toml", "summary.json"]
+
+
+def test_a_row_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    for epoch in range(3):
+        log.append({"epoch": epoch})
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == epoch + 1
+
+
+def test_an_empty_folder_is_taken_and_a_full_one_refused(tmp_path: Path) -> None:
+    RunLog(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(UserError) as error:
+        RunLog(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "--out" in str(error.value)
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(UserError) as error:
+            RunLog(folder)
+        assert str(folder) in str(error.value)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "summary.json"
+    write_atomically(path, "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_atomically(path, "newer")
+    assert path.read_text() == "newer"
+    assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_versions_name_what_a_result_depends_on() -> None:
+    found = versions()
+    assert {"python", "torch", "timm", "numpy", "scikit-learn", "pillow"} <= found.keys()
+    assert found["numpy"] == numpy.__version__

@@ -38,7 +38,7 @@ def imports_of(path: Path) -> set[str]:
             continue
         for name in names:
             if name.split(".")[0] == "uda_reid":
-                part = (name.split(".") + ["__init__"])[1]
+                part = [*name.split("."), "__init__"][1]
                 found.add("__init__" if part.startswith("__") else part)
     return found
 

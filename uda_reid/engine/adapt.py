@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uda_reid.clustering.pseudo_labels import ClusterSettings, PseudoLabels, centroids, pseudo_labels
 from uda_reid.data.augment import AugmentSettings
@@ -214,11 +214,11 @@ def refresh_statistics(system: LF2System, target: ImageSet, settings: AdaptSetti
     system.student.train()
     system.fusion.train()
     modules = [*system.student.modules(), *system.fusion.modules()]
-    norms = [module for module in modules if hasattr(module, "running_mean") and module.track_running_stats]
+    norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # torch's cumulative mean
+        norm.momentum = None  # torch's plain mean over batches
     # Chunks of nearly equal size, so that none is left with a single image, of which there is no variance.
     chunks = torch.arange(len(target)).tensor_split(ceil(len(target) / settings.bank_batch))
     done = 0

@@ -26,8 +26,13 @@ class Backbone(Protocol):
         map_channels: channels of all maps together, which is what `part_fusion.join_maps` gives.
     """
 
-    output_names: tuple[str, ...]
-    output_widths: tuple[int, ...]
-    map_channels: int
+    @property
+    def output_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def output_widths(self) -> tuple[int, ...]: ...
+
+    @property
+    def map_channels(self) -> int: ...
 
     def __call__(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput: ...

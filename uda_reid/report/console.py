@@ -115,7 +115,7 @@ class Reporter:
         """A table of text, drawn on a terminal and tab-separated elsewhere."""
         if not self.is_terminal:
             for row in [columns, *rows]:
-                self._console.out("\t".join(row), highlight=False)  # print would turn tabs into spaces
+                self._console.file.write("\t".join(row) + "\n")  # the console would turn tabs into spaces
             return
         table = Table()
         for column in columns:

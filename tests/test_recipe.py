@@ -1,0 +1,319 @@
+"""Recipes: what is written is read back, and every mistake is one sentence."""
+
+import dataclasses
+import re
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uda_reid.errors import UserError
+from uda_reid.recipe import (
+    Recipe,
+    dump_recipe,
+    load_recipe,
+    override_recipe,
+    parse_recipe,
+    recipe_folder,
+    shipped_recipes,
+)
+
+
+def leaves(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """Every value of a recipe by its dotted key."""
+    found = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(recipe, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = value
+    return found
+
+
+# Another valid value than the default where a key does not take any number or word.
+CHOICES: dict[str, Any] = {
+    "model.backbone": "vit",
+    "model.descriptor": ("cnn", "transformer"),
+    "model.fusion.layers": 3,
+    "model.fusion.width": 96,
+    "model.fusion.heads": 8,
+    "images.mean": (0.1, 0.2, 0.3),
+    "images.std": (1.0, 2.0, 3e-7),
+    "adapt.teacher_momentum": 0.5,
+    "adapt.cluster.method": "kmeans",
+    "adapt.cluster.backend": "torch",
+    "adapt.cluster.eps": 0.45,
+    "adapt.cluster.k2": 3,
+    "pretrain.optim.name": "sgd",
+    "adapt.optim.name": "adamw",
+    "pretrain.optim.schedule": "cosine",
+    "adapt.optim.schedule": "multistep",
+    "pretrain.optim.milestones": (40, 70),
+    "adapt.optim.milestones": (1,),
+    "pretrain.augment.erase_fill": "mean",
+    "adapt.augment.erase_fill": "mean",
+    "model.cnn.options": {"channels": [1, 2], "a key": "x", "deep": {"er": {"y": 1.5}}, "é": True, "l": [{"b": 1}]},
+    "model.transformer.options": {"patch_size": 8},
+}
+
+
+def other_value(key: str, value: Any) -> Any:
+    if key in CHOICES:
+        return CHOICES[key]
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return value / 3 + 1e-5
+        case str():
+            return 'a "quoted" \\ back\tslash, é, \x7f and\na line = 1 # not a comment'
+    raise AssertionError(f"name another value for {key}")
+
+
+def with_value(recipe: Any, path: list[str], value: Any) -> Any:
+    if len(path) == 1:
+        return dataclasses.replace(recipe, **{path[0]: value})
+    return dataclasses.replace(recipe, **{path[0]: with_value(getattr(recipe, path[0]), path[1:], value)})
+
+
+def assert_sentence(error: BaseException, *words: object) -> None:
+    text = str(error)
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
+    for word in words:
+        assert str(word) in text, f"{word} is not named: {text}"
+
+
+def refused(text: str, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as error:
+        parse_recipe(text, overrides)
+    return error.value
+
+
+# --- reading back -------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_recipe_is_the_defaults_and_reads_back() -> None:
+    assert parse_recipe("") == Recipe()
+    assert parse_recipe(dump_recipe(Recipe())) == Recipe()
+
+
+@pytest.mark.parametrize("key", sorted(leaves(Recipe())))
+def test_every_key_reads_back_what_was_written(key: str) -> None:
+    default = leaves(Recipe())[key]
+    changed = with_value(Recipe(), key.split("."), other_value(key, default))
+    assert changed != Recipe()
+    again = parse_recipe(dump_recipe(changed))
+    assert again == changed
+    assert type(leaves(again)[key]) is type(leaves(changed)[key])
+
+
+def test_the_dump_states_every_key() -> None:
+    table = tomllib.loads(dump_recipe(Recipe()))
+    for key in leaves(Recipe()):
+        place: Any = table
+        for part in key.split("."):
+            assert part in place, f"{key} is not written out"
+            place = place[part]
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_parse_and_read_back(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.description
+    assert recipe != Recipe()
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+    assert load_recipe(str(recipe_folder() / f"{name}.toml")) == recipe
+
+
+def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('description = "naïve"\n[adapt]\nepochs = 3\n', encoding="utf-8")
+    recipe = load_recipe(str(path), ["adapt.steps=7"])
+    assert (recipe.description, recipe.adapt.epochs, recipe.adapt.steps) == ("naïve", 3, 7)
+    assert recipe.pretrain == Recipe().pretrain
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapt.epochs=20", 20),
+        ("adapt.part_weight=1", 1.0),
+        ("adapt.cluster.eps=5e-1", 0.5),
+        ("adapt.refresh_statistics=false", False),
+        ("model.cnn.name=resnet18", "resnet18"),
+        ('model.cnn.name="resnet18"', "resnet18"),
+        ("model.cnn.weights=/some folder/a.safetensors", "/some folder/a.safetensors"),
+        ("model.descriptor=['cnn']", ("cnn",)),
+        ("pretrain.optim.milestones=[40, 70]", (40, 70)),
+        ("images.mean=[0, 0.5, 1]", (0.0, 0.5, 1.0)),
+        ("model.cnn.options={channels=[1, 2]}", {"channels": [1, 2]}),
+        ("model.cnn.options.channels=[1, 2]", {"channels": [1, 2]}),
+        (" adapt.epochs = 20 ", 20),
+    ],
+)
+def test_an_override_is_typed_as_its_key(override: str, expected: Any) -> None:
+    key = override.partition("=")[0].strip()
+    found = leaves(parse_recipe("", [override]))
+    key = "model.cnn.options" if key.startswith("model.cnn.options") else key
+    assert found[key] == expected
+    assert type(found[key]) is type(expected)
+    rest = {k: v for k, v in found.items() if k != key}
+    assert rest == {k: v for k, v in leaves(Recipe()).items() if k != key}
+
+
+def test_later_overrides_win_over_earlier_ones_and_over_the_file() -> None:
+    recipe = parse_recipe("[adapt]\nepochs = 3\nsteps = 5", ["adapt.epochs=4", "adapt.epochs=5"])
+    assert (recipe.adapt.epochs, recipe.adapt.steps) == (5, 5)
+
+
+def test_overriding_a_recipe_leaves_the_first_as_it_was() -> None:
+    first = parse_recipe("[adapt]\nepochs = 3")
+    second = override_recipe(first, ["adapt.steps=5"])
+    assert (first.adapt.epochs, first.adapt.steps) == (3, Recipe().adapt.steps)
+    assert (second.adapt.epochs, second.adapt.steps) == (3, 5)
+
+
+@pytest.mark.parametrize("override", ["adapt.epochs", "=3", "  =3", ""])
+def test_an_override_without_key_or_value_is_refused(override: str) -> None:
+    assert_sentence(refused("", override), "--set", "key.path=value", f"'{override}'")
+
+
+def test_nothing_can_be_set_inside_a_value() -> None:
+    assert_sentence(refused("[adapt]\nepochs = 3", "adapt.epochs.more=3"), "'epochs' is a value", "adapt.epochs.more")
+
+
+def test_an_override_cannot_smuggle_in_other_keys() -> None:
+    recipe = parse_recipe("", ["adapt.epochs=3\nsteps = 9"])
+    assert recipe.adapt.steps == Recipe().adapt.steps
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("adapt.epoch", "adapt.epochs"),
+        ("adapt.cluster.epps", "adapt.cluster.eps"),
+        ("pretrain.optim.learning_rat", "pretrain.optim.learning_rate"),
+        ("adpt.epochs", "adapt.epochs"),
+        ("modle.cnn.name", "model.cnn.name"),
+        ("model.cnn.nam", "model.cnn.name"),
+        ("image.height", "images.height"),
+        ("evaluate.rerank_k3", "evaluate.rerank_k"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(typo: str, meant: str) -> None:
+    section, _, key = typo.rpartition(".")
+    first_unknown = next(
+        ".".join(typo.split(".")[: n + 1])
+        for n in range(len(typo.split(".")))
+        if not any(k.startswith(".".join(typo.split(".")[: n + 1]) + ".") for k in leaves(Recipe()))
+    )
+    for error in (refused(f"[{section}]\n{key} = 1"), refused("", f"{typo}=1")):
+        assert_sentence(error, f"'{first_unknown}'", "did you mean '")
+        suggested = re.search(r"did you mean '([^']*)'", str(error))
+        assert suggested is not None
+        assert meant.startswith(suggested[1]) or suggested[1].startswith(meant)
+
+
+def test_a_key_like_none_is_refused_without_a_guess() -> None:
+    error = refused("", "zzzzqqqq=1")
+    assert_sentence(error, "'zzzzqqqq'")
+    assert "did you mean" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapt.epochs=2.5", "int"),
+        ("adapt.epochs=many", "int"),
+        ("adapt.epochs=true", "int"),
+        ("adapt.epochs=", "int"),
+        ("adapt.part_weight=true", "float"),
+        ("adapt.part_weight='x'", "float"),
+        ("adapt.mirror=1", "bool"),
+        ("adapt.mirror=yes", "bool"),
+        ("model.cnn.name=3", "str"),
+        ("model.descriptor=cnn", "a list"),
+        ("model.descriptor=[1]", "str"),
+        ("images.mean=[1, 2, 'x']", "float"),
+        ("model.cnn.options=3", "dict"),
+        ("adapt.epochs=[1]", "int"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(override: str, expected: str) -> None:
+    assert_sentence(refused("", override), f"'{override.partition('=')[0]}' expects {expected}")
+
+
+@pytest.mark.parametrize("override", ["adapt=3", "adapt.cluster=dbscan", "model.cnn=[1]"])
+def test_a_section_takes_no_value(override: str) -> None:
+    assert_sentence(refused("", override), f"'{override.partition('=')[0]}'", "section")
+
+
+def test_a_value_takes_no_section() -> None:
+    assert_sentence(refused("[adapt.epochs]\nx = 1"), "'adapt.epochs'", "int")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.backbone=cnn2", "model.backbone"),
+        ("model.fusion.layers=0", "model.fusion.layers"),
+        ("model.fusion.heads=7", "model.fusion.heads"),
+        ("adapt.instances=1", "adapt.instances"),
+        ("pretrain.identities=1", "pretrain.identities"),
+        ("adapt.epochs=0", "adapt.epochs"),
+        ("adapt.teacher_momentum=1.0", "adapt.teacher_momentum"),
+        ("images.height=0", "images.height"),
+        ("adapt.optim.name=lion", "optim.name"),
+        ("adapt.optim.schedule=step", "optim.schedule"),
+        ("adapt.optim.learning_rate=0", "optim.learning_rate"),
+        ("adapt.augment.flip=2", "augment.flip"),
+        ("adapt.cluster.eps=2", "adapt.cluster"),
+        ("adapt.cluster.method=hdbscan", "adapt.cluster"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(override: str, named: str) -> None:
+    assert_sentence(refused("", override), named)
+
+
+@pytest.mark.parametrize("content", [b"adapt = = 3", b"[adapt\nepochs = 3", b"\xff\xfe", b"a = 1\na = 2"])
+def test_a_file_that_is_no_toml_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_recipe(str(path))
+    assert_sentence(error.value, path, "TOML")
+
+
+def test_a_recipe_that_does_not_exist_names_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("dmo")
+    assert_sentence(error.value, "'dmo'", "did you mean 'demo'", *shipped_recipes())
+    for missing in (tmp_path / "nothing.toml", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_recipe(str(missing))
+        assert_sentence(error.value, missing)
+
+
+def test_no_key_of_a_recipe_may_be_null() -> None:
+    for hint in _hints(Recipe):
+        assert type(None) not in typing.get_args(hint), "TOML has no null, so such a recipe would not read back"
+
+
+def _hints(kind: type) -> list[Any]:
+    found = []
+    for hint in typing.get_type_hints(kind).values():
+        found += _hints(hint) if dataclasses.is_dataclass(hint) else [hint]
+    return found

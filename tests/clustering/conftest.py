@@ -38,7 +38,8 @@ def reference_jaccard(features: np.ndarray, k1: int, k2: int) -> np.ndarray:
         v = np.array([v[rank[i][:k2]].mean(axis=0) for i in range(n)])
     distance = np.zeros((n, n))
     for i in range(n):
-        shared = np.minimum(v[i], v).sum(axis=1)
+        held = np.flatnonzero(v[i])  # The minimum with zero is zero.
+        shared = np.minimum(v[i, held], v[:, held]).sum(axis=1)
         distance[i] = np.maximum(0, 1 - shared / (2 - shared))
     return distance
 

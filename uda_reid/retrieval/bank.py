@@ -5,7 +5,7 @@ from torch import Tensor
 
 # Bits after the point of a similarity as an integer. Twenty-one more hold a row number in the same 63 bits.
 SIMILARITY_BITS = 40
-_PAIRS_IN_CACHE_BYTES = 4 << 20
+_PAIRS_IN_CACHE_BYTES = 32 << 20
 _PAIRS_ON_GPU_BYTES = 1 << 30
 
 

@@ -57,14 +57,14 @@ def search_error(features: Tensor, searched: Tensor) -> float:
 
 
 def rank_candidates(
-    left: Tensor, right: Tensor, offset: int, rows: Tensor, columns: Tensor, k: int
+    left: Tensor, right: Tensor, numbers: Tensor, rows: Tensor, columns: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """Sorts each row's candidates exactly and keeps the best k.
 
     Args:
-        left: [A, D] float32, L2-normalised, the rows to be ranked: rows offset..offset+A-1 of the bank.
+        left: [A, D] float32, L2-normalised, the rows to be ranked.
         right: [N, D] float32, L2-normalised, the bank.
-        offset: place of the first row in the bank.
+        numbers: [A] int64, which rows of the bank they are.
         rows: [P] int64, ascending, in 0..A-1.
         columns: [P] int64, in 0..N-1, the candidates (each row has at least k).
         k: how many to keep.
@@ -73,7 +73,7 @@ def rank_candidates(
         columns [A, k] int64 and similarities [A, k] float32.
     """
     keys = RankingKeys(len(right))
-    key = keys.encode(pair_similarities(left, right, rows, columns), columns, rows + offset == columns)
+    key = keys.encode(pair_similarities(left, right, rows, columns), columns, numbers[rows] == columns)
     counts = torch.bincount(rows, minlength=len(left))
     starts = counts.cumsum(0) - counts
     place = torch.arange(len(rows), device=rows.device) - starts[rows]
@@ -82,7 +82,7 @@ def rank_candidates(
     return keys.decode(table.topk(k, dim=1).values)
 
 
-def rank_all(left: Tensor, right: Tensor, offset: int, k: int, budget_bytes: int) -> tuple[Tensor, Tensor]:
+def rank_all(left: Tensor, right: Tensor, numbers: Tensor, k: int, budget_bytes: int) -> tuple[Tensor, Tensor]:
     """`rank_candidates` where every column is a candidate (whole blocks of ties): products in float64."""
     keys = RankingKeys(len(right))
     step = max(1, min(len(left), budget_bytes // (40 * len(right))))
@@ -92,8 +92,7 @@ def rank_all(left: Tensor, right: Tensor, offset: int, k: int, budget_bytes: int
         rows = left[start : start + step].to(torch.float64)
         fixed = torch.cat([to_fixed(rows @ part.to(torch.float64).T) for part in right.split(column_step)], dim=1)
         columns = torch.arange(len(right), device=right.device)
-        own = torch.arange(start + offset, start + offset + len(rows), device=right.device)
-        key = keys.encode(fixed, columns[None], own[:, None] == columns[None])
+        key = keys.encode(fixed, columns[None], numbers[start : start + step, None] == columns[None])
         found.append(keys.decode(key.topk(k, dim=1).values))
     return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
@@ -101,7 +100,7 @@ def rank_all(left: Tensor, right: Tensor, offset: int, k: int, budget_bytes: int
 def search_rows(
     left: Tensor,
     right: Tensor,
-    offset: int,
+    numbers: Tensor,
     k: int,
     *,
     search_dtype: torch.dtype,
@@ -111,9 +110,9 @@ def search_rows(
     """The k nearest of `right` for every row of `left`, block by block.
 
     Args:
-        left: [A, D] float32, L2-normalised: rows offset..offset+A-1 of the bank.
+        left: [A, D] float32, L2-normalised.
         right: [N, D] float32, L2-normalised, the bank.
-        offset: place of the first row in the bank.
+        numbers: [A] int64, which rows of the bank `left` are.
         k: at most N.
         search_dtype: precision of the search; the result does not depend on it.
         budget_bytes: for what is held beside the bank.
@@ -134,10 +133,10 @@ def search_rows(
         threshold = product.topk(k, dim=1).values[:, -1:].to(torch.float32) - slack
         keep = product.to(torch.float32) >= threshold
         if int(keep.sum()) > 16 * k * len(block) + keep.numel() // 16:
-            found = rank_all(block, right, offset + start, k, budget_bytes)
+            found = rank_all(block, right, numbers[start : start + step], k, budget_bytes)
         else:
             rows, cols = keep.nonzero(as_tuple=True)
-            found = rank_candidates(block, right, offset + start, rows, cols, k)
+            found = rank_candidates(block, right, numbers[start : start + step], rows, cols, k)
         columns[start : start + step], similarities[start : start + step] = found
         if on_progress is not None:
             on_progress(min(1.0, (start + step) / len(left)))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import OnProgress, search_rows
+from uda_reid.retrieval.symmetric_search import search_symmetric
 
 DEFAULT_BUDGET_BYTES = 256 << 20
 BACKENDS = ("auto", "torch", "faiss", "ivf")
@@ -53,13 +54,12 @@ def nearest_neighbours(
     if backend not in BACKENDS:
         raise FeatureError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     bank = normalised(features if device is None else features.to(device))
-    columns, similarities = search_rows(
-        bank,
-        bank,
-        0,
-        min(k, len(bank)),
-        search_dtype=torch.float16 if bank.is_cuda else torch.float32,
-        budget_bytes=budget_bytes,
-        on_progress=on_progress,
+    k = min(k, len(bank))
+    if bank.device.type == "cpu":
+        return Neighbours(*search_symmetric(bank, k, budget_bytes=budget_bytes, on_progress=on_progress))
+    numbers = torch.arange(len(bank), device=bank.device)
+    return Neighbours(
+        *search_rows(
+            bank, bank, numbers, k, search_dtype=torch.float16, budget_bytes=budget_bytes, on_progress=on_progress
+        )
     )
-    return Neighbours(columns, similarities)

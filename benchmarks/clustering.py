@@ -1,0 +1,213 @@
+"""Clustering of a bank of features: this package against the dense form that is in use, same features, one run.
+
+    python benchmarks/clustering.py --sizes 12936 --dimension 2048          # against the dense form
+    python benchmarks/clustering.py --sizes 10000,20000,40000,80000 --dimension 256 --no-dense
+    python benchmarks/clustering.py --sizes 12936 --dimension 2048 --device cuda
+
+Every contender runs in a process of its own, so that its peak memory is its own. Features are drawn from a seed. The
+last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
+
+
+def draw_features(n: int, dimension: int, seed: int) -> np.ndarray:
+    """[n, dimension] float32 like a network's: people and cameras in 64 directions, mixed, rectified, unit length.
+
+    About seventeen images a person, as in Market-1501; some people are seen clearly, some are not.
+    """
+    generator = np.random.default_rng(seed)
+    people, cameras, latent = max(1, n // 17), 6, 64
+    centres = generator.normal(size=(people, latent))
+    shifts = 0.4 * generator.normal(size=(cameras, latent))
+    mixing = generator.normal(size=(latent, dimension)).astype(np.float32)
+    features = np.empty((n, dimension), dtype=np.float32)
+    for start in range(0, n, 8192):
+        size = min(8192, n - start)
+        noise = generator.uniform(0.3, 1.3, size=(size, 1)) * generator.normal(size=(size, latent))
+        seen = centres[generator.integers(people, size=size)] + shifts[generator.integers(cameras, size=size)] + noise
+        block = np.maximum(seen.astype(np.float32) @ mixing, 0)
+        features[start : start + size] = block / np.linalg.norm(block, axis=1, keepdims=True)
+    return features
+
+
+def dense_loops(features: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """The definition as it is commonly programmed: dense N x N arrays, a Python loop over rows, scikit-learn's DBSCAN."""
+    import faiss
+    from sklearn.cluster import DBSCAN
+
+    since = time.perf_counter()
+    n = len(features)
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features)
+    _, rank = index.search(features, K1)
+    neighbours_done = time.perf_counter()
+
+    half = round(K1 / 2) + 1
+
+    def mutual(i: int, columns: int) -> np.ndarray:
+        ahead = rank[i, :columns]
+        return ahead[(rank[ahead, :columns] == i).any(axis=1)]
+
+    full = [mutual(i, K1) for i in range(n)]
+    core = [mutual(i, half) for i in range(n)]
+    weights = np.zeros((n, n), dtype=np.float32)
+    for i in range(n):
+        members = full[i]
+        for q in full[i]:
+            if len(np.intersect1d(core[q], full[i])) > 2 / 3 * len(core[q]):
+                members = np.append(members, core[q])
+        members = np.unique(members)
+        weight = np.exp(2 * (features[members] @ features[i]) - 2)
+        weights[i, members] = weight / weight.sum()
+    del full, core
+    averaged = np.zeros_like(weights)
+    for i in range(n):
+        averaged[i] = weights[rank[i, :K2]].mean(axis=0)
+    del weights
+    holders = [np.flatnonzero(averaged[:, column]) for column in range(n)]
+    distances = np.zeros((n, n), dtype=np.float32)
+    for i in range(n):
+        shared = np.zeros(n, dtype=np.float32)
+        for column in np.flatnonzero(averaged[i]):
+            rows = holders[column]
+            shared[rows] += np.minimum(averaged[i, column], averaged[rows, column])
+        distances[i] = 1 - shared / (2 - shared)
+    del averaged, holders
+    np.maximum(distances, 0, out=distances)
+    jaccard_done = time.perf_counter()
+    labels = DBSCAN(eps=EPS, min_samples=MIN_SAMPLES, metric="precomputed", n_jobs=-1).fit_predict(distances)
+    done = time.perf_counter()
+    return labels, {
+        "neighbours": neighbours_done - since,
+        "jaccard": jaccard_done - neighbours_done,
+        "dbscan": done - jaccard_done,
+    }
+
+
+def ours(features: np.ndarray, device: str, backend: str) -> tuple[np.ndarray, dict[str, float]]:
+    """This package; on a GPU the second of two runs, since the first one also starts the device."""
+    import torch
+
+    from uda_reid.clustering.pseudo_labels import ClusterSettings, pseudo_labels
+
+    settings = ClusterSettings(k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES, backend=backend)
+    bank = torch.from_numpy(features)
+    if device != "cpu":
+        bank = bank.to(device)
+        pseudo_labels(bank, settings, device=device, seed=0)
+    found = pseudo_labels(bank, settings, device=device, seed=0)
+    return found.labels.numpy(), found.seconds
+
+
+def contender(arguments: argparse.Namespace) -> None:
+    """Runs one contender and writes labels and figures; the body of the subprocess."""
+    features = np.load(arguments.features)
+    if arguments.contender == "dense":
+        labels, seconds = dense_loops(features)
+    else:
+        labels, seconds = ours(features, arguments.device, arguments.backend)
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    figures: dict[str, object] = {"seconds": seconds, "total": sum(seconds.values()), "peak_bytes": peak}
+    if arguments.contender == "ours" and arguments.device != "cpu":
+        import torch
+
+        figures["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    np.save(arguments.out, labels)
+    print(json.dumps(figures))
+
+
+def run(which: str, features: Path, out: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Starts a contender in its own process and returns its figures."""
+    command = [sys.executable, __file__, "--contender", which, "--features", str(features), "--out", str(out)]
+    command += ["--device", arguments.device, "--backend", arguments.backend]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def agreement(one: np.ndarray, other: np.ndarray) -> float:
+    """Adjusted Rand index of two labellings."""
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(adjusted_rand_score(one, other))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="4000", help="numbers of features, separated by commas")
+    parser.add_argument("--dimension", type=int, default=2048)
+    parser.add_argument("--device", default="cpu", help="where this package works: cpu or cuda")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contender", choices=["ours", "dense"], help=argparse.SUPPRESS)
+    parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        contender(arguments)
+        return
+
+    rows = []
+    print(f"{'N':>8} {'D':>5} {'form':>6} {'neighbours':>11} {'jaccard':>9} {'dbscan':>8} {'total s':>9} {'peak GB':>8}")
+    for size in map(int, arguments.sizes.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            features = Path(folder) / "features.npy"
+            np.save(features, draw_features(size, arguments.dimension, arguments.seed))
+            row: dict[str, object] = {"n": size, "dimension": arguments.dimension}
+            for which in ["ours", "dense"] if arguments.dense else ["ours"]:
+                row[which] = figures = run(which, features, Path(folder) / f"{which}.npy", arguments)
+                stages = figures["seconds"]
+                print(
+                    f"{size:>8} {arguments.dimension:>5} {which:>6} {stages['neighbours']:>11.2f} "
+                    f"{stages['jaccard']:>9.2f} {stages['dbscan']:>8.2f} {figures['total']:>9.2f} "
+                    f"{figures['peak_bytes'] / 1e9:>8.2f}",
+                    flush=True,
+                )
+            labels = np.load(Path(folder) / "ours.npy")
+            row["clusters"], row["outliers"] = int(labels.max()) + 1, int((labels < 0).sum())
+            if arguments.dense:
+                dense_labels = np.load(Path(folder) / "dense.npy")
+                row["times_faster"] = row["dense"]["total"] / row["ours"]["total"]
+                row["times_less_memory"] = row["dense"]["peak_bytes"] / row["ours"]["peak_bytes"]
+                row["labels_equal"] = bool((labels == dense_labels).all())
+                row["adjusted_rand_index"] = agreement(labels, dense_labels)
+                print(
+                    f"{size:>8} {row['times_faster']:.1f} times faster, {row['times_less_memory']:.1f} times less "
+                    f"memory, {row['clusters']} clusters, labels equal: {row['labels_equal']}"
+                )
+            rows.append(row)
+    import torch
+
+    print(
+        json.dumps(
+            {
+                "benchmark": "clustering",
+                "device": arguments.device,
+                "cpus": os.cpu_count(),
+                "processor": platform.machine(),
+                "torch": torch.__version__,
+                "rows": rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -141,6 +141,7 @@ def test_student_output(student: PartReIDModel) -> None:
 
 
 def test_descriptor_gives_every_level_the_same_weight(student: PartReIDModel) -> None:
+    student(torch.randn(8, 3, 64, 32))  # moves the running statistics, so that the necks are not the identity
     out = student.eval()(torch.randn(3, 3, 64, 32))
     descriptor = student.descriptor(out)
     assert descriptor.shape == (3, student.descriptor_size)
@@ -168,6 +169,24 @@ def test_losses_train_every_parameter_of_student_and_fusion_modules(
     for local, fused in zip(out.part_embeddings, fusion(out.part_vectors, teacher_map), strict=True):
         loss = loss + 0.25 * batch_hard_soft_margin(local, labels) + 0.25 * batch_hard_soft_margin(fused, labels)
     assert_all_trained(loss, student, fusion, classifiers, floor=1e-10)
+
+
+def test_mixed_precision_gives_finite_gradients(student: PartReIDModel) -> None:
+    fusion = FusionModules(student.map_channels, parts=2)
+    labels = torch.arange(2).repeat_interleave(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = student(torch.randn(4, 3, 64, 32))
+        fused = fusion(out.part_vectors, out.feature_map.detach())
+        loss = torch.stack(
+            [batch_hard_soft_margin(each, labels) for each in (out.embedding, *out.part_embeddings, *fused)]
+        ).sum()
+    loss.backward()
+    assert loss.dtype == torch.float32
+    gradients = [
+        parameter.grad for parameter in (*student.parameters(), *fusion.parameters()) if parameter.grad is not None
+    ]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert len(gradients) > 50
 
 
 def test_parts_without_the_fused_triplet_leave_the_fusion_modules_untrained(small_cnn: CnnTrunk) -> None:

@@ -22,7 +22,7 @@ from uda_reid.engine.checkpoint import Checkpoint, load_section, read_checkpoint
 from uda_reid.engine.evaluate import evaluate
 from uda_reid.engine.feature_bank import Encode, camera_indices
 from uda_reid.engine.lf2_step import LF2System
-from uda_reid.engine.pretrain import pretrain
+from uda_reid.engine.pretrain import make_source_system, pretrain
 from uda_reid.engine.run import Run, seed_at
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import Backbone
@@ -31,7 +31,7 @@ from uda_reid.models.fusion_reid import FusionReID
 from uda_reid.models.part_fusion import FusionModules, PartReIDModel
 from uda_reid.models.plain import PlainCnn, PlainVit
 from uda_reid.models.pooling import GeM
-from uda_reid.models.reid_model import Classifiers, ReIDModel
+from uda_reid.models.reid_model import ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
 from uda_reid.recipe import Recipe, dump_recipe, override_recipe, parse_recipe
 from uda_reid.report.console import Reporter
@@ -190,10 +190,10 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
     cameras = tuple(int(c) for c in np.unique(source.train.camera_ids))
     known = cameras if recipe.model.transformer.camera_embedding else ()
     identities, labels = np.unique(source.train.person_ids, return_inverse=True)
-    model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True).to(run.device)
-    classifiers = Classifiers(model.output_widths, len(identities)).to(run.device)
+    model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True)
+    system = make_source_system(model, len(identities), recipe.pretrain)
     data = load_set(source.train, known, recipe.images, run, f"decoding {source.name}")
-    rows = pretrain(model, classifiers, data, labels.astype(np.int64), recipe.pretrain, run)
+    rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run)
     facts = {
         "kind": "pretrain",
         "recipe": dump_recipe(recipe),
@@ -202,7 +202,7 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
         "classes": len(identities),
     }
     if run.log is not None:
-        save_checkpoint(run.log.checkpoint, {"model": model, "classifiers": classifiers}, facts)
+        save_checkpoint(run.log.checkpoint, {"model": model}, facts)
     model.eval()
     test = _measure(descriptor_of(model), source.test, known, recipe, run, f"testing on {source.name}")
     if test is not None:

@@ -25,6 +25,7 @@ from uda_reid.engine.lf2_step import LF2System
 from uda_reid.engine.pretrain import make_source_system, pretrain
 from uda_reid.engine.run import Run, seed_at
 from uda_reid.errors import UserError
+from uda_reid.models.attention_resnet import SamIbn
 from uda_reid.models.backbone import Backbone
 from uda_reid.models.ema_teacher import make_teacher
 from uda_reid.models.fusion_reid import FusionReID
@@ -87,6 +88,8 @@ def _make_backbone(recipe: Recipe, cameras: int, pretrained: bool) -> Backbone:
     model = recipe.model
     if model.backbone == "cnn":
         return PlainCnn(_make_cnn(recipe, pretrained), GeM())
+    if model.backbone == "sam_ibn":
+        return _make_sam_ibn(recipe, pretrained)
     if model.backbone == "vit":
         return PlainVit(_make_vit(recipe, cameras, pretrained))
     fusion = model.fusion
@@ -99,6 +102,20 @@ def _make_backbone(recipe: Recipe, cameras: int, pretrained: bool) -> Backbone:
         mlp_ratio=fusion.mlp_ratio,
         shared_encoder=fusion.shared_encoder,
         lru_kernel=fusion.lru_kernel,
+    )
+
+
+def _make_sam_ibn(recipe: Recipe, pretrained: bool) -> SamIbn:
+    sam = recipe.model.sam_ibn
+    return SamIbn(
+        (recipe.images.height, recipe.images.width),
+        weights=sam.weights if pretrained else "none",
+        attention=sam.attention,
+        fusion=sam.fusion,
+        heads=sam.heads,
+        last_stride=sam.last_stride,
+        stem_pool=sam.stem_pool,
+        options=sam.options,
     )
 
 

@@ -21,7 +21,7 @@ from uda_reid.engine.evaluate import EvaluateSettings
 from uda_reid.engine.pretrain import PretrainSettings
 from uda_reid.errors import UserError
 
-BACKBONES = ("fusion_reid", "cnn", "vit")
+BACKBONES = ("fusion_reid", "sam_ibn", "cnn", "vit")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,19 @@ class FusionRecipe:
 
 
 @dataclass(frozen=True)
+class SamIbnRecipe:
+    """ResNet50-IBN-a with self-attention and mid/high-level fusion, each with its switch."""
+
+    weights: str = "none"
+    attention: bool = True
+    fusion: bool = True
+    heads: int = 4
+    last_stride: int = 2
+    stem_pool: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
     """Which backbone, and of what; `descriptor` names the outputs that make the retrieval feature (empty: all)."""
 
@@ -77,6 +90,7 @@ class ModelRecipe:
     cnn: CnnRecipe = field(default_factory=CnnRecipe)
     transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
     fusion: FusionRecipe = field(default_factory=FusionRecipe)
+    sam_ibn: SamIbnRecipe = field(default_factory=SamIbnRecipe)
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:

@@ -38,7 +38,7 @@ CROSS = ["pretrain.cross_instance.intra=1", "pretrain.cross_instance.inter=0.5",
 
 
 @pytest.mark.parametrize("extra", [[], CROSS], ids=["plain", "cross-instance"])
-@pytest.mark.parametrize("backbone", ["fusion_reid", "cnn", "vit"])
+@pytest.mark.parametrize("backbone", ["fusion_reid", "sam_ibn", "cnn", "vit"])
 def test_every_trainable_parameter_gets_a_gradient(
     backbone: str, extra: list[str], tiny_root: Path, tiny_recipe: Recipe, run: Run
 ) -> None:

@@ -190,7 +190,7 @@ def test_channel_attention_scales_each_channel_by_its_neighbours() -> None:
 
 @pytest.mark.parametrize(("last_stride", "grid"), [(2, (2, 1)), (1, (3, 2))])
 def test_fusion_takes_the_maximum_over_each_cell_of_the_last_grid(last_stride: int, grid: tuple[int, int]) -> None:
-    fusion: Any = MultiLevelFusion(last_stride).eval().double()
+    fusion: Any = MultiLevelFusion((512, 1024, 2048), last_stride).eval().double()
     third, fourth = torch.randn(1, 512, 5, 4).double(), torch.randn(1, 1024, 3, 2).double()
     fifth = torch.randn(1, 2048, *grid).double()
     weight = fusion.mix.weight[:, :, 0, 0]
@@ -252,3 +252,13 @@ def test_every_parameter_is_trained(assert_all_trained: Any, freeze_statistics: 
     freeze_statistics(model)
     out = model(torch.randn(2, 3, *SIZE))
     assert_all_trained((out.bn_embeddings[0] * torch.randn(2, 2048)).sum(), model)
+
+
+def test_a_small_one_for_small_images_keeps_every_part() -> None:
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
+    model = SamIbn((64, 32), stem_pool=False, last_stride=1, options=options).train()
+    (vector,), (feature_map,) = model(torch.randn(4, 3, 64, 32))
+    assert vector.shape == (4, 64)
+    assert feature_map.shape == (4, 64, 8, 4)
+    vector.square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

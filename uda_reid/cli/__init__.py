@@ -16,6 +16,7 @@ COMMANDS = {
     "cluster": "Pseudo-labels for features from anywhere.",
     "score": "Retrieval accuracy of features from anywhere.",
     "synth": "Render an embedded domain into a folder.",
+    "models": "Parameters, GFLOPs and descriptor of each backbone.",
     "recipes": "List the recipes, or all keys of one.",
 }
 

@@ -3,6 +3,7 @@
 An et al., "Fusion Self-Attention Feature Clustering Mechanism Network for Person ReID".
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from torch import Tensor, nn
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import BackboneOutput
 from uda_reid.models.pooling import AveragePool
-from uda_reid.models.surgery import remove_last_stride
+from uda_reid.models.surgery import remove_last_stride, remove_stem_pool
 from uda_reid.models.weights import load_strictly, read_state_dict
-
-STAGE_CHANNELS = (64, 256, 512, 1024, 2048)
 
 
 class IBN(nn.Module):
@@ -45,12 +44,13 @@ class IBN(nn.Module):
         return torch.cat([self.IN(first), self.BN(second)], dim=1)
 
 
-def resnet50_ibn(weights: str = "none") -> Any:
+def resnet50_ibn(weights: str = "none", options: Mapping[str, Any] | None = None) -> Any:
     """timm's ResNet-50 whose bottlenecks in stages 1 to 3 (Conv2_x to Conv4_x) start with an IBN.
 
     Args:
         weights: "none" or the path of a file whose keys are those of the published ResNet50-IBN-a, such as
             `layer1.0.bn1.IN.weight`.
+        options: passed on to timm.create_model, to make it smaller (`layers`, `channels`).
 
     Returns:
         The network, without classifier.
@@ -62,7 +62,7 @@ def resnet50_ibn(weights: str = "none") -> Any:
         raise UserError(
             f'The weights of ResNet50-IBN-a must be "none" or the path of a file, got {weights!r}: give one.'
         )
-    model: Any = timm.create_model("resnet50", num_classes=0, zero_init_last=False)
+    model: Any = timm.create_model("resnet50", num_classes=0, zero_init_last=False, **(options or {}))
     for stage in (model.layer1, model.layer2, model.layer3):
         for block in stage:
             block.bn1 = IBN(block.conv1.out_channels)
@@ -92,10 +92,12 @@ class SamIbn(nn.Module):
         fusion: see above.
         heads: of each attention layer.
         last_stride: 2 as in the paper (an 8x4 map of a 256x128 image) or 1.
+        stem_pool: False leaves out the pooling after Conv1_x, for images too small to lose its rows.
+        options: see `resnet50_ibn`.
         pooling: map to vector; None is the average.
 
     Shape:
-        one vector "cnn" [B, 2048] and one map [B, 2048, H / 32, W / 32] (rounded up).
+        one vector "cnn" [B, C] and one map [B, C, H / 32, W / 32] (rounded up), C = 2048 as published.
 
     Raises:
         UserError: the weights do not fit, or an image has another size than the attention was built for.
@@ -112,6 +114,8 @@ class SamIbn(nn.Module):
         fusion: bool = True,
         heads: int = 4,
         last_stride: int = 2,
+        stem_pool: bool = True,
+        options: Mapping[str, Any] | None = None,
         pooling: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -119,17 +123,20 @@ class SamIbn(nn.Module):
             raise UserError(f"last_stride must be 1 or 2, got {last_stride}: choose one of them.")
         self.image_size = (image_size[0], image_size[1])
         self.attention = attention
-        self.resnet = resnet50_ibn(weights)
+        self.resnet = resnet50_ibn(weights, options)
         if last_stride == 1:
             remove_last_stride(self.resnet, self.resnet.forward_features, "ResNet50-IBN-a")
+        if not stem_pool:
+            remove_stem_pool(self.resnet, "ResNet50-IBN-a")
         if attention:
-            _attend(self.resnet, self.image_size, heads)
-        self.eca = nn.ModuleList(EcaModule(channels) if attention else nn.Identity() for channels in STAGE_CHANNELS)
-        self.fusion = MultiLevelFusion(last_stride) if fusion else None
+            _attend(self.resnet, self.image_size, heads, pools=1 + stem_pool)
+        channels = _stage_channels(self.resnet)
+        self.eca = nn.ModuleList(EcaModule(width) if attention else nn.Identity() for width in channels)
+        self.fusion = MultiLevelFusion(channels[2:], last_stride) if fusion else None
         self.pooling = AveragePool() if pooling is None else pooling
         self.output_names = ("cnn",)
-        self.output_widths = (STAGE_CHANNELS[-1],)
-        self.map_channels = STAGE_CHANNELS[-1]
+        self.output_widths = (channels[-1],)
+        self.map_channels = channels[-1]
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput:
         if self.attention and tuple(images.shape[-2:]) != self.image_size:
@@ -149,20 +156,24 @@ class SamIbn(nn.Module):
 
 
 class MultiLevelFusion(nn.Module):
-    """Bring Conv3_x and Conv4_x to the grid of Conv5_x by max pooling, and the three to 2048 channels.
+    """Bring Conv3_x and Conv4_x to the grid of Conv5_x by max pooling, and the three to the channels of the last.
+
+    Args:
+        channels: of the three levels, (512, 1024, 2048) as published.
+        last_stride: of Conv5_x.
 
     Shape:
         [B, 512, 4h, 4w], [B, 1024, 2h, 2w] and [B, 2048, h, w] float (the first two one stride finer where the last
         stride is 1) to [B, 2048, h, w] float.
     """
 
-    def __init__(self, last_stride: int) -> None:
+    def __init__(self, channels: Sequence[int], last_stride: int) -> None:
         super().__init__()
         # Rounding up, as the strided convolutions between these stages do.
         self.pool_third = nn.MaxPool2d(2 * last_stride, ceil_mode=True)
         self.pool_fourth = nn.MaxPool2d(last_stride, ceil_mode=True)
-        self.mix = nn.Conv2d(sum(STAGE_CHANNELS[2:]), STAGE_CHANNELS[-1], 1, bias=False)
-        self.norm = nn.BatchNorm2d(STAGE_CHANNELS[-1])
+        self.mix = nn.Conv2d(sum(channels), channels[-1], 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels[-1])
         nn.init.kaiming_normal_(self.mix.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, third: Tensor, fourth: Tensor, fifth: Tensor) -> Tensor:
@@ -170,10 +181,21 @@ class MultiLevelFusion(nn.Module):
         return torch.relu(self.norm(self.mix(levels)))
 
 
-def _attend(resnet: Any, image_size: tuple[int, int], heads: int) -> None:
-    """Put self-attention in the place of every 3x3 convolution of Conv4_x and Conv5_x."""
-    # Stem, max pool and Conv3_x have each halved the grid, rounding up.
-    grid = (-(-image_size[0] // 8), -(-image_size[1] // 8))
+def _stage_channels(resnet: Any) -> tuple[int, ...]:
+    """Channels of Conv1_x to Conv5_x: 64, 256, 512, 1024 and 2048 as published."""
+    stages = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
+    return (resnet.bn1.num_features, *(stage[-1].conv3.out_channels for stage in stages))
+
+
+def _attend(resnet: Any, image_size: tuple[int, int], heads: int, pools: int) -> None:
+    """Put self-attention in the place of every 3x3 convolution of Conv4_x and Conv5_x.
+
+    Args:
+        pools: how often the grid is halved before Conv2_x.
+    """
+    # Stem and Conv3_x have each halved the grid, rounding up.
+    cell = 2 ** (pools + 1)
+    grid = (-(-image_size[0] // cell), -(-image_size[1] // cell))
     for stage in (resnet.layer3, resnet.layer4):
         for block in stage:
             stride = block.conv2.stride[0]

@@ -1,0 +1,61 @@
+"""`models`: what each backbone is made of."""
+
+import json
+from typing import Any
+
+import click
+
+from uda_reid.build import make_model
+from uda_reid.cli.options import recipe_option, set_option
+from uda_reid.engine.inspect_model import inspect_model
+from uda_reid.recipe import BACKBONES, Recipe, load_recipe, override_recipe
+from uda_reid.report.console import Reporter
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="A list of JSON objects instead of a table.")
+@recipe_option
+@set_option
+def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -> None:
+    """Parameters, GFLOPs, descriptor and grid of each backbone, classifiers left out.
+
+    Without --recipe: the four backbones at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
+    multiply-add counts as one FLOP.
+    """
+    rows = [_facts(name, recipe) for name, recipe in _recipes(recipe_name, overrides).items()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    table = [
+        [
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f} M",
+            f"{row['gflops']:.2f}",
+            str(row["descriptor"]),
+            row["grid"],
+            ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in row["parts"].items()),
+        ]
+        for row in rows
+    ]
+    Reporter().table(["backbone", "parameters", "GFLOPs", "descriptor", "grid", "parts"], table)
+
+
+def _recipes(name: str | None, overrides: tuple[str, ...]) -> dict[str, Recipe]:
+    if name is not None:
+        recipe = load_recipe(name, overrides)
+        return {recipe.model.backbone: recipe}
+    return {backbone: override_recipe(Recipe(), (f"model.backbone={backbone}", *overrides)) for backbone in BACKBONES}
+
+
+def _facts(name: str, recipe: Recipe) -> dict[str, Any]:
+    height, width = recipe.images.height, recipe.images.width
+    facts = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
+    return {
+        "name": name,
+        "input": f"{height}x{width}",
+        "parameters": facts.parameters,
+        "gflops": round(facts.gflops, 4),
+        "descriptor": facts.descriptor,
+        "grid": " + ".join(f"{rows}x{columns}" for rows, columns in facts.grids),
+        "parts": facts.parts,
+    }

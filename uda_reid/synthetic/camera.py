@@ -34,7 +34,7 @@ class Camera:
     resolution: float = 1.0  # share of the 128 x 64 pixels that the sensor resolved
     quality: int = 88  # JPEG
     jitter: float = 0.05  # misplacement of the crop, as a share of its height
-    occlusion: float = 0.12  # share of images with something in front
+    occlusion: float = 0.15  # share of images with something in front
 
 
 @lru_cache(maxsize=1)
@@ -58,12 +58,15 @@ def expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> Image
     )
     gains = gains * np.exp(rng.normal(0, 0.25 * camera.exposure_spread, 3)).astype(np.float32)
     pixels = light * (gains / np.float32(255)) * (1 - np.float32(camera.vignette) * _radius())
-    grey = pixels.mean(axis=2, keepdims=True)
-    pixels = grey + np.float32(camera.saturation) * (pixels - grey)
-    pixels = np.clip(pixels, 0, None) ** np.float32(camera.gamma)
+    if camera.saturation != 1:
+        grey = ((pixels[..., 0] + pixels[..., 1] + pixels[..., 2]) / 3)[..., None]
+        pixels = grey + np.float32(camera.saturation) * (pixels - grey)
+    if camera.gamma != 1:
+        pixels = np.maximum(pixels, 0) ** np.float32(camera.gamma)
     pixels = pixels + np.float32(camera.haze) * (np.float32(0.62) - pixels)
     # Highlights roll off instead of clipping: two very bright shirts stay different.
-    pixels = np.where(pixels > 0.8, 0.8 + 0.2 * np.tanh((pixels - 0.8) / 0.2), pixels)
+    bright = pixels > 0.8
+    pixels[bright] = 0.8 + 0.2 * np.tanh((pixels[bright] - 0.8) / 0.2)
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
     if camera.resolution < 1:
         small = (round(WIDTH * camera.resolution), round(HEIGHT * camera.resolution))

@@ -25,7 +25,7 @@ WARDROBE = Wardrobe(
     chest_print=0.25, back_print=0.15, open_front=0.0, scarf=0.0, boots=0.0, colour_spread=12.0,
 )  # fmt: skip
 
-_camera = partial(Camera, shadow=0.55, noise=2.5, blur=0.3, quality=88)
+_camera = partial(Camera, shadow=0.55, noise=2.5, blur=0.3, quality=88, exposure_spread=0.12)
 
 CAMERAS = (
     _camera(

@@ -131,23 +131,20 @@ def _arm(figure: Figure, side: int) -> None:
     elbow = (left + side * 0.02, top - 0.165 * cos(angle), 0.165 * sin(angle))
     bend = angle + 0.25 + 0.5 * figure.pose.swing
     hand = (left + side * 0.012, elbow[1] - 0.16 * cos(bend), elbow[2] + 0.16 * sin(bend))
-    points = [figure.at(left, top, 0.0), figure.at(*elbow), figure.at(*hand)]
-    radii = [0.038 * bulk * size, 0.032 * bulk * size, 0.024 * bulk * size]
+    shoulder, bent = figure.at(left, top + 0.012, 0.0), figure.at(*elbow)
+    points = [shoulder, _mix(shoulder, bent, 0.2), bent, figure.at(*hand)]
+    radii = [0.018 * bulk * size, 0.038 * bulk * size, 0.032 * bulk * size, 0.024 * bulk * size]
     reach = 1.0 if kind in LONG_SLEEVES else 0.0 if kind == "tank" else 0.5
 
     def paint() -> None:
-        canvas.ball(points[2], 0.024 * size, 0.028 * size, person.skin)
+        canvas.ball(points[-1], 0.024 * size, 0.028 * size, person.skin)
         if reach < 1.0:
             canvas.tube(points, [r * 0.85 for r in radii], person.skin)
         if reach == 1.0:
             canvas.tube(points, radii, person.upper, figure.anchor)
         elif reach > 0.0:
-            canvas.tube(
-                [points[0], _mix(points[0], points[1], 0.75)],
-                [radii[0] * 1.1, radii[1] * 1.2],
-                person.upper,
-                figure.anchor,
-            )
+            sleeve = [*points[:2], _mix(points[1], points[2], 0.7)]
+            canvas.tube(sleeve, [radii[0], radii[1] * 1.1, radii[2] * 1.2], person.upper, figure.anchor)
 
     figure.later(figure.depth(left, 0.0) + 0.05, paint)
 

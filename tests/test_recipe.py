@@ -55,8 +55,6 @@ CHOICES: dict[str, Any] = {
     "adapt.optim.milestones": (1,),
     "pretrain.augment.erase_fill": "mean",
     "adapt.augment.erase_fill": "mean",
-    "model.cnn.options": {"channels": [1, 2], "a key": "x", "deep": {"er": {"y": 1.5}}, "é": True, "l": [{"b": 1}]},
-    "model.transformer.options": {"patch_size": 8},
 }
 
 
@@ -64,6 +62,8 @@ def other_value(key: str, value: Any) -> Any:
     if key in CHOICES:
         return CHOICES[key]
     match value:
+        case dict():
+            return {"channels": [1, 2], "a key": "x", "deep": {"er": {"y": 1.5}}, "é": True, "l": [{"b": 1}]}
         case bool():
             return not value
         case int():

@@ -47,6 +47,7 @@ def draw_features(n: int, dimension: int, seed: int) -> np.ndarray:
 def dense_loops(features: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """The definition as it is commonly programmed: dense N x N arrays, a Python loop over rows, scikit-learn's DBSCAN."""
     import faiss
+    import torch  # noqa: F401  (every such program is a torch program, so its baseline holds torch)
     from sklearn.cluster import DBSCAN
 
     since = time.perf_counter()

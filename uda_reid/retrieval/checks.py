@@ -1,7 +1,6 @@
 """What every function of this part asks of a bank of features, checked once and refused by name."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,4 +37,4 @@ def normalised(features: Tensor, name: str = "features") -> Tensor:
         row = int((largest == 0).nonzero()[0])
         raise FeatureError(f"{name} must have a direction, but row {row} is all zeros.")
     scaled = features.to(torch.float32) / largest[:, None]
-    return F.normalize(scaled, dim=1)
+    return scaled.div_(torch.linalg.vector_norm(scaled, dim=1, keepdim=True))

@@ -13,6 +13,7 @@ from torch import Tensor
 from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.neighbours import DEFAULT_BUDGET_BYTES, Neighbours
 from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
+from uda_reid.retrieval.sum_table import SumTable
 
 
 class SparseGraph(NamedTuple):
@@ -133,25 +134,20 @@ def _pairs(encoding: Encoding, eps: float, budget_bytes: int) -> Iterator[tuple[
     meetings = by_column.indptr[encoding.columns + 1] - first
     before = torch.cat([meetings.new_zeros(1), meetings.cumsum(0)])
     per_row = before[encoding.indptr[1:]] - before[encoding.indptr[:-1]]
-    most_rows = max(1, budget_bytes // (16 * n))
-    table = torch.zeros(min(n, most_rows) * n, dtype=torch.int32, device=device)
-    winner = torch.empty(len(table), dtype=torch.int64, device=device)
+    most_rows = max(1, min(n, budget_bytes // (16 * n)))
+    table = SumTable(most_rows, n, device)
     # d <= eps is m >= 2 (1 - eps) / (2 - eps); a little less, since the distance itself is compared below.
     least = int(encoding.one * (2 * (1 - eps) / (2 - eps) - 1e-6))
-    for start, stop in row_blocks(per_row, max(1, budget_bytes // 64), most_rows):
+    for start, stop in row_blocks(per_row, max(1, budget_bytes // 96), most_rows):
         entries = slice(int(encoding.indptr[start]), int(encoding.indptr[stop]))
         spans, at = expand(first[entries], meetings[entries])
-        local = torch.repeat_interleave(per_row[start:stop])
-        cell = local * n + by_column.rows[at]
-        table.index_add_(0, cell, torch.minimum(encoding.weights[entries][spans], by_column.weights[at]))
-        enough = (table[cell] >= least).nonzero()[:, 0]
-        near = cell[enough]
-        # Of the meetings of one pair, whichever wrote last speaks for it.
-        numbers = torch.arange(len(near), device=device)
-        winner[near] = numbers
-        near = near[winner[near] == numbers]
-        shared = table[near].to(torch.float64) / encoding.one
-        table[cell] = 0
+        row_start = torch.repeat_interleave(encoding.indptr[start : stop + 1].diff()).mul_(n)
+        cells = row_start.index_select(0, spans).add_(by_column.rows.index_select(0, at))
+        smaller = torch.minimum(
+            encoding.weights[entries].index_select(0, spans), by_column.weights.index_select(0, at)
+        )
+        near, sums = table.add_up(cells, smaller, least)
+        shared = sums.to(torch.float64) / encoding.one
         distance = (1 - shared / (2 - shared)).clamp_min(0)
         keep = distance <= eps
         near = near[keep]

@@ -9,7 +9,7 @@ from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import OnProgress, search_rows
 from uda_reid.retrieval.symmetric_search import search_symmetric
 
-DEFAULT_BUDGET_BYTES = 256 << 20
+DEFAULT_BUDGET_BYTES = 64 << 20
 BACKENDS = ("auto", "torch", "faiss", "ivf")
 
 

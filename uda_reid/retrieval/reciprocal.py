@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.retrieval.bank import from_fixed, pair_similarities
+from uda_reid.retrieval.sum_table import SumTable
 
 
 class Encoding(NamedTuple):
@@ -60,10 +61,8 @@ def encode(
     n, k = neighbours.shape
     half, k2 = min(half, k), min(k2, k)
     mutual, mutual_half = _mutual(neighbours, half, budget_bytes)
-    # Members that do not belong get numbers that no member has, one for each side, so that they never compare equal.
     ranks = neighbours.to(torch.int32)
-    near = ranks.masked_fill(~mutual, -1)
-    core = ranks[:, :half].masked_fill(~mutual_half, -2)
+    near, core = ranks.masked_fill(~mutual, -1), ranks[:, :half].masked_fill(~mutual_half, -1)
     extra = _expansion(near, core, budget_bytes)
 
     rows, places = mutual.nonzero(as_tuple=True)
@@ -101,19 +100,7 @@ def expand(starts: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """For spans [starts[s], starts[s] + counts[s]), the span number and the position of every element."""
     spans = torch.repeat_interleave(counts)
     before = counts.cumsum(0) - counts
-    return spans, torch.arange(len(spans), device=starts.device) + (starts - before)[spans]
-
-
-def sum_by_key(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums int values of equal keys: distinct keys in rising order, sums int64."""
-    key, order = key.sort()
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    total = value[order].cumsum(0, dtype=torch.int64)
-    last = torch.cat([first[1:], first[:1]])
-    ends = total[last]
-    ends[1:] -= total[last][:-1]
-    return key[first], ends
+    return spans, torch.arange(len(spans), device=starts.device).add_((starts - before).index_select(0, spans))
 
 
 def _indptr(rows: Tensor, n: int) -> Tensor:
@@ -140,19 +127,24 @@ def _mutual(neighbours: Tensor, half: int, budget_bytes: int) -> tuple[Tensor, T
 def _expansion(near: Tensor, core: Tensor, budget_bytes: int) -> Tensor:
     """What R*(i) has beyond R(i), as sorted keys i * N + j."""
     (n, k), half = near.shape, core.shape[1]
+    device = near.device
     size = (core >= 0).sum(dim=1)
-    step = max(1, budget_bytes // (k * half * (k + 16)))
+    step = max(1, min(n, budget_bytes // (2 * n), budget_bytes // (32 * k * half)))
+    marked = torch.zeros(step * n, dtype=torch.bool, device=device)
     found = []
     for start in range(0, n, step):
         block = near[start : start + step]
         rows, places = (block >= 0).nonzero(as_tuple=True)
-        helper = block[rows, places]
-        members = core[helper]
-        known = (members[:, :, None] == block[rows][:, None, :]).any(dim=2)
-        joins = 3 * known.sum(dim=1) > 2 * size[helper]
-        new = ~known & (members >= 0) & joins[:, None]
-        at, column = new.nonzero(as_tuple=True)
-        found.append(torch.unique((rows[at] + start) * n + members[at, column]))
+        helpers = block[rows, places].to(torch.int64)
+        own = rows * n + helpers
+        marked.index_fill_(0, own, True)
+        members = core.index_select(0, helpers)
+        cells = (rows * n)[:, None] + members.clamp_min(0)
+        real = members >= 0
+        known = marked.index_select(0, cells.view(-1)).view_as(cells) & real
+        joins = 3 * known.sum(dim=1) > 2 * size.index_select(0, helpers)
+        found.append(torch.unique(cells[real & ~known & joins[:, None]]) + start * n)
+        marked.index_fill_(0, own, False)
     return torch.cat(found)
 
 
@@ -161,12 +153,16 @@ def _averaged(encoding: Encoding, nearest: Tensor, budget_bytes: int) -> Encodin
     n, k2 = nearest.shape
     lengths = encoding.indptr.diff()
     counts = lengths[nearest].sum(dim=1)
+    most_rows = max(1, min(n, budget_bytes // (16 * n)))
+    table = SumTable(most_rows, n, nearest.device)
     keys, weights = [], []
-    for start, stop in row_blocks(counts, max(1, budget_bytes // 80), n):
+    for start, stop in row_blocks(counts, max(1, budget_bytes // 96), most_rows):
         sources = nearest[start:stop].reshape(-1)
         spans, at = expand(encoding.indptr[sources], lengths[sources])
-        key, weight = sum_by_key((spans // k2 + start) * n + encoding.columns[at], encoding.weights[at])
-        keys.append(key)
-        weights.append(weight.to(torch.int32))
+        cells = spans.div_(k2, rounding_mode="floor").mul_(n).add_(encoding.columns.index_select(0, at))
+        cells, sums = table.add_up(cells, encoding.weights.index_select(0, at), 0)
+        cells, order = cells.sort()
+        keys.append(cells + start * n)
+        weights.append(sums[order])
     key = torch.cat(keys)
     return Encoding(_indptr(key // n, n), key % n, torch.cat(weights), encoding.one * k2)

@@ -45,7 +45,7 @@ def draw_features(n: int, dimension: int, seed: int) -> np.ndarray:
 
 
 def dense_loops(features: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    """The definition as it is commonly programmed: dense N x N arrays, a Python loop over rows, scikit-learn's DBSCAN."""
+    """The definition as commonly programmed: dense N x N arrays, Python loops over rows, scikit-learn's DBSCAN."""
     import faiss
     import torch  # noqa: F401  (every such program is a torch program, so its baseline holds torch)
     from sklearn.cluster import DBSCAN
@@ -166,7 +166,9 @@ def main() -> None:
         return
 
     rows = []
-    print(f"{'N':>8} {'D':>5} {'form':>6} {'neighbours':>11} {'jaccard':>9} {'dbscan':>8} {'total s':>9} {'peak GB':>8}")
+    print(
+        f"{'N':>8} {'D':>5} {'form':>6} {'neighbours':>11} {'jaccard':>9} {'dbscan':>8} {'total s':>9} {'peak GB':>8}"
+    )
     for size in map(int, arguments.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             features = Path(folder) / "features.npy"

@@ -25,7 +25,7 @@ def kmeans(features: Tensor, clusters: int, seed: int) -> Tensor:
     if not 1 <= clusters <= len(features):
         raise FeatureError(f"clusters must be between 1 and the number of features ({len(features)}), got {clusters}.")
     bank = normalised(features).cpu().numpy()
-    labels = KMeans(clusters, n_init=1, random_state=seed).fit_predict(bank)
+    labels = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit_predict(bank)
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[first.argsort()] = np.arange(len(first))

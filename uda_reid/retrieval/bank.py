@@ -5,6 +5,8 @@ from torch import Tensor
 
 # Bits after the point of a similarity as an integer. Twenty-one more hold a row number in the same 63 bits.
 SIMILARITY_BITS = 40
+# Added to similarities to make them positive.
+_LOWEST = (1 << SIMILARITY_BITS) + (1 << 30)
 _PAIRS_IN_CACHE_BYTES = 8 << 20
 _PAIRS_ON_GPU_BYTES = 1 << 30
 
@@ -31,8 +33,8 @@ def pair_similarities(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor
         return out
     counts = torch.bincount(rows, minlength=len(left))
     starts = counts.cumsum(0) - counts
-    # Rows with about as many partners go together, so that little is padded. Buffers are kept from chunk to chunk: fresh
-    # pages would cost more than the arithmetic.
+    # Rows with about as many partners go together, so that little is padded. Buffers are kept from chunk to chunk:
+    # fresh pages would cost more than the arithmetic.
     counts, order = counts.sort(descending=True)
     lengths = counts.tolist()
     budget = _PAIRS_IN_CACHE_BYTES if device.type == "cpu" else _PAIRS_ON_GPU_BYTES
@@ -56,10 +58,36 @@ def pair_similarities(left: Tensor, right: Tensor, rows: Tensor, columns: Tensor
 
 
 def to_fixed(similarities: Tensor) -> Tensor:
-    """Float64 cosines as integers in units of 2^-40, clipped to -1..1 (rounding may overshoot)."""
-    return (similarities.clamp(-1, 1) * 2.0**SIMILARITY_BITS).round().to(torch.int64)
+    """Float64 cosines as integers in units of 2^-40."""
+    return (similarities * 2.0**SIMILARITY_BITS).round().to(torch.int64)
 
 
 def from_fixed(fixed: Tensor) -> Tensor:
     """The inverse of `to_fixed`, float64."""
     return fixed.to(torch.float64) * 2.0**-SIMILARITY_BITS
+
+
+class RankingKeys:
+    """Similarity and index in one int64, so that sorting by the key is sorting by (-similarity, index).
+
+    Args:
+        columns: rows of the bank.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.index_bits = max(1, (columns - 1).bit_length())
+        # Two bits hold -1..1, and what float32 rows of not quite unit length add to it. Banks above a million rows give
+        # up the last bits of the similarity.
+        self.dropped = max(0, SIMILARITY_BITS + 2 + self.index_bits - 62)
+        self.last = (1 << self.index_bits) - 1
+
+    def encode(self, fixed: Tensor, columns: Tensor, is_self: Tensor) -> Tensor:
+        """[...] int64 similarities (`to_fixed`), columns and whether the pair is a point with itself -> keys > 0."""
+        shifted = fixed + _LOWEST
+        shifted = torch.where(is_self, (1 << (SIMILARITY_BITS + 2)) - 1, shifted)
+        return ((shifted >> self.dropped) << self.index_bits) | (self.last - columns)
+
+    def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys -> columns int64, similarities float32 (one for a point with itself)."""
+        fixed = ((keys >> self.index_bits) << self.dropped) - _LOWEST
+        return self.last - (keys & self.last), from_fixed(fixed).clamp_max(1).to(torch.float32)

@@ -5,13 +5,16 @@ Zhong et al., CVPR 2017, equation 10 (https://arxiv.org/abs/1701.08398):
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from uda_reid.retrieval.bank import pair_similarities
 from uda_reid.retrieval.checks import FeatureError, normalised
-from uda_reid.retrieval.neighbours import DEFAULT_BUDGET_BYTES, Neighbours
+from uda_reid.retrieval.exact_search import default_budget
+from uda_reid.retrieval.neighbours import Neighbours
 from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
 from uda_reid.retrieval.sum_table import SumTable
 
@@ -58,7 +61,7 @@ def jaccard_graph(
     k1: int = 30,
     k2: int = 6,
     eps: float = 0.6,
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    budget_bytes: int | None = None,
 ) -> SparseGraph:
     """Finds every pair at most eps apart and its distance.
 
@@ -68,7 +71,7 @@ def jaccard_graph(
         k1: size of the neighbour lists.
         k2: rows averaged, 1..k1.
         eps: largest distance held, 0 <= eps < 1 (at one, every pair would be).
-        budget_bytes: for what is held beside features, encoding and result.
+        budget_bytes: for what is held beside features, encoding and result; `exact_search.default_budget` by default.
 
     Returns:
         The graph, on the device of `features`.
@@ -87,15 +90,16 @@ def jaccard_graph(
         raise FeatureError(
             f"neighbours must be [{n}, at least {columns}] for k1 = {k1}, got {list(neighbours.indices.shape)}."
         )
+    budget = default_budget(bank.device) if budget_bytes is None else budget_bytes
     encoding = encode(
-        bank,
+        partial(pair_similarities, bank, bank),
         neighbours.indices[:, :columns].to(bank.device),
         neighbours.similarities[:, :columns].to(bank.device),
         half=half_columns(k1),
         k2=k2,
-        budget_bytes=budget_bytes,
+        budget_bytes=budget,
     )
-    return _graph(encoding, eps, budget_bytes)
+    return _graph(encoding, eps, budget)
 
 
 def transpose(encoding: Encoding) -> Transposed:
@@ -143,9 +147,7 @@ def _pairs(encoding: Encoding, eps: float, budget_bytes: int) -> Iterator[tuple[
         spans, at = expand(first[entries], meetings[entries])
         row_start = torch.repeat_interleave(encoding.indptr[start : stop + 1].diff()).mul_(n)
         cells = row_start.index_select(0, spans).add_(by_column.rows.index_select(0, at))
-        smaller = torch.minimum(
-            encoding.weights[entries].index_select(0, spans), by_column.weights.index_select(0, at)
-        )
+        smaller = torch.minimum(encoding.weights[entries].index_select(0, spans), by_column.weights.index_select(0, at))
         near, sums = table.add_up(cells, smaller, least)
         shared = sums.to(torch.float64) / encoding.one
         distance = (1 - shared / (2 - shared)).clamp_min(0)

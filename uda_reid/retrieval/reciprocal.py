@@ -5,13 +5,17 @@ Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CV
 on a block of rows under a budget of bytes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.bank import from_fixed, pair_similarities
+from uda_reid.retrieval.bank import from_fixed
 from uda_reid.retrieval.sum_table import SumTable
+
+# Rows (ascending) and columns of pairs, [P] int64 each -> their cosines, [P] int64 in units of 2^-40.
+PairSimilarities = Callable[[Tensor, Tensor], Tensor]
 
 
 class Encoding(NamedTuple):
@@ -35,7 +39,7 @@ def half_columns(k1: int) -> int:
 
 
 def encode(
-    features: Tensor,
+    similarities_of: PairSimilarities,
     neighbours: Tensor,
     similarities: Tensor,
     *,
@@ -47,7 +51,7 @@ def encode(
     """Builds V from the neighbour lists.
 
     Args:
-        features: [N, D] float32, L2-normalised.
+        similarities_of: gives the cosines of pairs (`bank.pair_similarities` of the bank with itself).
         neighbours: [N, k] int64, the point itself first; R(i) is found among all k columns.
         similarities: [N, k] float32 cosines.
         half: columns of H(i), clipped to k.
@@ -67,7 +71,7 @@ def encode(
 
     rows, places = mutual.nonzero(as_tuple=True)
     extra_rows, extra_columns = extra // n, extra % n
-    extra_cosines = from_fixed(pair_similarities(features, features, extra_rows, extra_columns)).to(torch.float32)
+    extra_cosines = from_fixed(similarities_of(extra_rows, extra_columns)).to(torch.float32)
     key = torch.cat([rows * n + neighbours[rows, places], extra])
     cosine = torch.cat([similarities[rows, places], extra_cosines])
     key, order = key.sort()

@@ -4,12 +4,16 @@ Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CV
 (https://arxiv.org/abs/1701.08398): d*(q, g) = (1 - lambda) d_Jaccard(q, g) + lambda d(q, g).
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from uda_reid.retrieval.bank import pair_similarities
 from uda_reid.retrieval.checks import FeatureError, normalised
+from uda_reid.retrieval.exact_search import default_budget
 from uda_reid.retrieval.jaccard import transpose
-from uda_reid.retrieval.neighbours import DEFAULT_BUDGET_BYTES, nearest_neighbours
+from uda_reid.retrieval.neighbours import nearest_neighbours
 from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
 
 
@@ -63,7 +67,7 @@ def rerank(
     lambda_value: float = 0.3,
     *,
     backend: str = "auto",
-    budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    budget_bytes: int | None = None,
 ) -> RerankedDistances:
     """Prepares the re-ranked distances of the authors' code, without ever holding a dense matrix.
 
@@ -82,7 +86,7 @@ def rerank(
         k2: rows averaged, 1..k1.
         lambda_value: share of the original distance, 0..1.
         backend: of the neighbour search.
-        budget_bytes: for what is held beside bank and encoding.
+        budget_bytes: for what is held beside bank and encoding; `exact_search.default_budget` by default.
 
     Returns:
         Distances by block of queries, for `evaluate_ranking(..., distances=...)`.
@@ -95,18 +99,19 @@ def rerank(
     if not 0 <= lambda_value <= 1:
         raise FeatureError(f"lambda must be between 0 and 1, got {lambda_value}.")
     bank = torch.cat([normalised(query_features, "query features"), normalised(gallery_features, "gallery features")])
-    neighbours = nearest_neighbours(bank, k1 + 1, backend=backend, budget_bytes=budget_bytes)
-    largest = _largest_squares(bank, budget_bytes)
+    budget = default_budget(bank.device) if budget_bytes is None else budget_bytes
+    neighbours = nearest_neighbours(bank, k1 + 1, backend=backend, budget_bytes=budget)
+    largest = _largest_squares(bank, budget)
     encoding = encode(
-        bank,
+        partial(pair_similarities, bank, bank),
         neighbours.indices,
         neighbours.similarities,
         half=half_columns(k1),
         k2=k2,
-        budget_bytes=budget_bytes,
+        budget_bytes=budget,
         exponent_scale=1 / largest,
     )
-    return RerankedDistances(bank, len(query_features), largest, encoding, lambda_value, budget_bytes)
+    return RerankedDistances(bank, len(query_features), largest, encoding, lambda_value, budget)
 
 
 def _largest_squares(bank: Tensor, budget_bytes: int) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class SumTable:
-    """A table of rows x columns whose cells are summed into, read and cleared, in time linear in the number of additions.
+    """A table of rows x columns whose cells are summed into, read and cleared, in time linear in the additions.
 
     Integers are summed, so the result is the same in every order and on every device.
 

@@ -20,7 +20,18 @@ ALLOWED = {
     "report": {"retrieval"},
     "clustering": {"retrieval"},
     "engine": {"models", "losses", "clustering", "report", "data", "retrieval", "__init__"},
-    "build": {"recipe", "synthetic", "engine", "models", "losses", "clustering", "report", "data", "retrieval"},
+    "build": {
+        "__init__",
+        "recipe",
+        "synthetic",
+        "engine",
+        "models",
+        "losses",
+        "clustering",
+        "report",
+        "data",
+        "retrieval",
+    },
     "cli": {"build", "recipe", "synthetic", "engine", "report", "data", "clustering", "retrieval", "__init__"},
 }
 

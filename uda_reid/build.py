@@ -19,6 +19,7 @@ from uda_reid.data.market1501 import read_market1501
 from uda_reid.data.records import Records, ReIDDataset, TestSplit
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.checkpoint import Checkpoint, load_section, read_checkpoint, save_checkpoint
+from uda_reid.engine.cross_step import make_cross_instance
 from uda_reid.engine.evaluate import evaluate
 from uda_reid.engine.feature_bank import Encode, camera_indices
 from uda_reid.engine.lf2_step import LF2System
@@ -239,10 +240,11 @@ def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDa
     data = load_set(in_content_order(target.train), known, recipe.images, run, f"decoding {target.name}")
     rows = adapt(system, data, recipe.adapt, run)
     if run.log is not None:
-        modules = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}
+        networks = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}
+        modules = {name: network for name, network in networks.items() if network is not None}
         new_facts = {**facts, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}
         save_checkpoint(run.log.checkpoint, modules, new_facts)
-    after = _measure(descriptor_of(system.teacher), target.test, known, recipe, run, "testing the adapted model")
+    after = _measure(descriptor_of(system.teacher.eval()), target.test, known, recipe, run, "testing the adapted model")
     if before is not None and after is not None:
         run.reporter.metrics(f"{facts['source']} -> {target.name}", {"before": before, "after": after})
     else:
@@ -297,12 +299,16 @@ def run_demo(recipe: Recipe, source: ReIDDataset, target: ReIDDataset, run: Run)
 
 
 def make_lf2(recipe: Recipe, model: ReIDModel, run: Run) -> LF2System:
-    """Student, teacher and Fusion Modules around a source model; the parts start at random."""
+    """The networks of the adaptation around a source model; the parts and what only training needs start at random."""
+    settings = recipe.adapt
     torch.manual_seed(seed_at(run.seed, 1))
-    student = PartReIDModel(model, recipe.adapt.parts).to(run.device)
-    teacher = make_teacher(student, alpha=recipe.adapt.teacher_momentum)
-    fusion = FusionModules(model.map_channels, recipe.adapt.parts, recipe.adapt.reduction).to(run.device)
-    return LF2System(student, teacher, fusion)
+    student = PartReIDModel(model, settings.parts).to(run.device)
+    teacher = make_teacher(student, alpha=settings.teacher_momentum) if settings.teacher else None
+    fusion = None
+    if settings.fusion_module and settings.parts:
+        fusion = FusionModules(model.map_channels, settings.parts, settings.reduction).to(run.device)
+    cross = make_cross_instance(model, settings.cross_instance)
+    return LF2System(student, teacher, fusion, cross.to(run.device) if cross is not None else None)
 
 
 def take_model_from(recipe: Recipe, source: Recipe) -> Recipe:

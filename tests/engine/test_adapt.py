@@ -15,8 +15,9 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.image_store import in_content_order
 from uda_reid.engine import adapt as adapt_module
-from uda_reid.engine.adapt import adapt, cluster_levels, refresh_statistics
-from uda_reid.engine.lf2_step import LF2System
+from uda_reid.engine.adapt import adapt, cluster_levels
+from uda_reid.engine.lf2_step import LF2System, level_names
+from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run
 from uda_reid.recipe import Recipe, override_recipe
 from uda_reid.report.console import Reporter
@@ -32,7 +33,7 @@ def system_for(recipe: Recipe, run: Run) -> LF2System:
 
 
 def weights_of(system: LF2System) -> dict[str, Tensor]:
-    modules: dict[str, nn.Module] = {"student": system.student, "teacher": system.teacher, "fusion": system.fusion}
+    modules = {str(place): module for place, module in enumerate((*system.trained(), system.teacher))}
     return {f"{k}.{n}": t.clone() for k, module in modules.items() for n, t in module.state_dict().items()}
 
 
@@ -81,15 +82,40 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     assert any(not torch.equal(results[0][name], results[2][name]) for name in results[0])
 
 
-def test_every_trainable_parameter_moves(tiny_root: Path, tiny_recipe: Recipe, run: Run) -> None:
-    recipe = override_recipe(tiny_recipe, ["adapt.optim.weight_decay=0"])  # decay alone would move them too
+SWITCHES = {
+    "whole": [],
+    "no teacher": ["adapt.teacher=false"],
+    "no fusion module": ["adapt.fusion_module=false"],
+    "global level alone": ["adapt.parts=0"],
+    "three parts": ["adapt.parts=3"],
+    "shared batch": ["adapt.shared_batch=true"],
+    "k-means": ["adapt.cluster.method=kmeans", "adapt.cluster.clusters=8"],
+    "cross-instance": ["adapt.cross_instance.intra=1", "adapt.cross_instance.inter=1", "adapt.cross_instance.heads=2"],
+    "plain CNN": ["model.backbone=cnn"],
+    "plain ViT": ["model.backbone=vit"],
+    "SAM-IBN": ["model.backbone=sam_ibn"],
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_trainable_parameter_moves_under_every_switch(
+    switch: str, tiny_root: Path, tiny_recipe: Recipe, run: Run
+) -> None:
+    # Weight decay alone would move them too.
+    recipe = override_recipe(tiny_recipe, ["adapt.optim.weight_decay=0", *SWITCHES[switch]])
     system = system_for(recipe, run)
     before = weights_of(system)
-    adapt(system, target_images("station", tiny_root, recipe, run), recipe.adapt, run)
-    trainable = [f"student.{n}" for n, p in system.student.named_parameters() if p.requires_grad]
-    trainable += [f"fusion.{n}" for n, p in system.fusion.named_parameters() if p.requires_grad]
+    rows = adapt(system, target_images("station", tiny_root, recipe, run), recipe.adapt, run)
     after = weights_of(system)
+    trainable = [
+        f"{place}.{name}"
+        for place, network in enumerate(system.trained())
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    ]
     assert [name for name in trainable if torch.equal(before[name], after[name])] == []
+    assert list(rows[-1]["clusters"]) == list(level_names(recipe.adapt.parts))
+    assert rows[-1]["sat_out"] == []
 
 
 def test_a_level_without_clusters_sits_out_and_the_rest_goes_on(
@@ -149,7 +175,7 @@ def test_refreshed_statistics_are_the_mean_over_chunks(tiny_root: Path, tiny_rec
     seen: list[Tensor] = []
     norm = next(m for m in system.student.modules() if isinstance(m, nn.BatchNorm2d))
     handle = norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean(dim=(0, 2, 3))))
-    refresh_statistics(system, target, recipe.adapt, run)
+    refresh_statistics(system, target, recipe.adapt.bank_batch, run)
     handle.remove()
     assert len(seen) == 2
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))

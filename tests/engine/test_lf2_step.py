@@ -205,24 +205,11 @@ def test_every_trainable_parameter_learns(system: LF2System, classifier: Classif
     assert without_gradient(modules) == set()
 
 
-def test_in_training_only_shifts_that_a_batch_norm_cancels_stand_still(
-    system: LF2System, classifier: Classifiers
-) -> None:
+def test_in_training_too_every_trainable_parameter_gets_a_gradient(system: LF2System, classifier: Classifiers) -> None:
+    """In double precision, so that what a batch norm cancels is no noise above the bound."""
     torch.stack(tuple(losses_of(system, classifier, level_names(2)).values())).sum().backward()
     modules = {"student": system.student, "fusion": system.fusion, "classifier": classifier}
-    # Each is added to every image alike, and what reads it is a batch norm or a distance between two images.
-    assert without_gradient(modules) == {
-        f"student.reid.backbone.{name}.bias"
-        for name in (
-            "transformer.model.norm",
-            "lru_cnn.depthwise",
-            "lru_cnn.pointwise",
-            "lru_transformer.depthwise",
-            "lru_transformer.pointwise",
-            "htm.1.mfu_cnn.mlp.fc2",
-            "htm.1.mfu_transformer.mlp.fc2",
-        )
-    }
+    assert without_gradient(modules) == set()
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])

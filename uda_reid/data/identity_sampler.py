@@ -62,6 +62,8 @@ class IdentitySampler:
 
     def _take(self, queue: list[int], members: int, count: int) -> list[int]:
         """The first `count` of a queue that is refilled by shuffled rounds of range(members)."""
+        if members < count:
+            queue.clear()  # whole rounds from the start, so that each member stands in the batch
         while len(queue) < count:
             fresh = torch.randperm(members, generator=self._generator).tolist()
             # What is left of the last round stands in front and is not dealt again in this one, so that a batch

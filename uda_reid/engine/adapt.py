@@ -6,20 +6,21 @@ student steps, each followed by the teacher's update. The last epoch is the resu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import ceil
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uda_reid.clustering.pseudo_labels import ClusterSettings, PseudoLabels, centroids, pseudo_labels
 from uda_reid.data.augment import AugmentSettings
-from uda_reid.data.identity_sampler import IdentitySampler
 from uda_reid.data.image_set import ImageSet
+from uda_reid.engine.cross_step import CrossInstanceSettings
 from uda_reid.engine.feature_bank import blocks_of, extract
+from uda_reid.engine.level_batches import LevelBatches
 from uda_reid.engine.lf2_step import GLOBAL, LF2System, level_names, lf2_losses, loss_names
 from uda_reid.engine.optim import OptimSettings, learning_rate_factor, make_optimiser, set_learning_rate
+from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run, seed_at
 from uda_reid.engine.train_step import LossMeter, optimise
 from uda_reid.errors import UserError
@@ -36,7 +37,10 @@ class AdaptSettings:
     Attributes:
         steps: student steps an epoch.
         identities, instances: P and K of the batch of each level.
-        parts: horizontal stripes of the feature map, each a level of its own beside the global one.
+        parts: horizontal stripes of the feature map, each a level of its own beside the global one; 0 for none.
+        teacher: False makes the student its own teacher (ablation).
+        fusion_module: False clusters the parts by their local embeddings alone (ablation).
+        shared_batch: one batch, drawn by the first level's labels, for all levels, in place of one each.
         reduction: bottleneck of the Fusion Module's MLP.
         part_weight: weight of each part's triplet loss.
         teacher_momentum: ceiling of the moving average's alpha.
@@ -49,6 +53,9 @@ class AdaptSettings:
     identities: int = 16
     instances: int = 4
     parts: int = 2
+    teacher: bool = True
+    fusion_module: bool = True
+    shared_batch: bool = False
     reduction: int = 4
     part_weight: float = 0.5
     label_smoothing: float = 0.1
@@ -59,10 +66,13 @@ class AdaptSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    cross_instance: CrossInstanceSettings = field(default_factory=CrossInstanceSettings)
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.steps, self.parts, self.reduction, self.bank_batch) < 1:
-            raise UserError("adapt.epochs, steps, parts, reduction and bank_batch must be 1 or more.")
+        if min(self.epochs, self.steps, self.reduction, self.bank_batch) < 1 or self.parts < 0:
+            raise UserError(
+                "adapt.epochs, steps, reduction and bank_batch must be 1 or more, and adapt.parts 0 or more."
+            )
         if min(self.identities, self.instances) < 2:
             raise UserError(
                 f"adapt.identities and adapt.instances must be 2 or more, but got {self.identities} and "
@@ -84,9 +94,9 @@ def adapt(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run
     Raises:
         UserError: a loss became infinite or NaN.
     """
-    optimiser = make_optimiser([system.student, system.fusion], settings.optim)
+    optimiser = make_optimiser(system.trained(), settings.optim)
     if settings.refresh_statistics:
-        refresh_statistics(system, target, settings, run)
+        refresh_statistics(system, target, settings.bank_batch, run)
     run.reporter.table_header(_columns(settings))
     rows = []
     for epoch in range(settings.epochs):
@@ -95,7 +105,8 @@ def adapt(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run
         labels = cluster_levels(banks, epoch, settings, run)
         classifier = classifier_from(banks[GLOBAL], labels[GLOBAL])
         del banks  # the largest arrays of the run, which the steps do not need
-        losses = train_epoch(epoch, system, classifier, optimiser, target, labels, settings, run)
+        heads = classifier, cross_classifiers_for(system, labels[GLOBAL], epoch, run)
+        losses = train_epoch(epoch, system, *heads, optimiser, target, labels, settings, run)
         rows.append(_report_epoch(epoch, labels, losses, perf_counter() - started, settings, run))
     return rows
 
@@ -106,13 +117,15 @@ def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, 
     Returns:
         level -> [N, D] float32, L2-normalised, image and mirrored image added first.
     """
-    system.student.eval()
-    system.fusion.eval()
+    for network in system.trained():
+        network.eval()
 
     def encode(pixels: Tensor, cameras: Tensor) -> tuple[Tensor, ...]:
-        student_output = system.student(pixels, cameras)
-        teacher_output = system.teacher(pixels, cameras)
-        return (teacher_output.bn_embedding, *system.fusion(student_output.part_vectors, teacher_output.feature_map))
+        local = system.student(pixels, cameras)
+        whole = local if system.ema is None else system.teacher(pixels, cameras)
+        if system.fusion is None:
+            return (whole.bn_embedding, *local.part_embeddings)
+        return (whole.bn_embedding, *system.fusion(local.part_vectors, whole.feature_map))
 
     banks = extract(
         encode,
@@ -150,10 +163,19 @@ def classifier_from(bank: Tensor, labels: PseudoLabels) -> Classifiers | None:
     return Classifiers.from_centroids(centroids(bank, labels.labels.to(bank.device)))
 
 
+def cross_classifiers_for(system: LF2System, labels: PseudoLabels, epoch: int, run: Run) -> Classifiers | None:
+    """Fresh classifiers of the X-ReID objective, where it is switched on and there are clusters to tell apart."""
+    if system.cross is None or not _can_train(labels):
+        return None
+    torch.manual_seed(seed_at(run.seed, epoch, SAMPLING))
+    return system.cross.classifiers(labels.clusters).to(run.device)
+
+
 def train_epoch(
     epoch: int,
     system: LF2System,
     classifier: Classifiers | None,
+    cross_classifiers: Classifiers | None,
     optimiser: torch.optim.Optimizer,
     target: ImageSet,
     labels: Mapping[str, PseudoLabels],
@@ -169,84 +191,59 @@ def train_epoch(
     """
     active = [level for level, found in labels.items() if _can_train(found)]
     if not active:
-        return dict.fromkeys(loss_names(settings.parts), 0.0)
-    optimisers = [optimiser] if classifier is None else [optimiser, make_optimiser([classifier], settings.optim)]
-    samplers = [_sampler(labels[level], place, epoch, settings, run) for place, level in enumerate(active)]
-    sizes = [sampler.batch for sampler in samplers]
-    system.student.train()
-    system.fusion.train()
+        return dict.fromkeys(_loss_names(settings), 0.0)
+    heads, optimisers = [head for head in (classifier, cross_classifiers) if head is not None], [optimiser]
+    if heads:
+        optimisers.append(make_optimiser(heads, settings.optim))
+    batches = LevelBatches(
+        {level: labels[level].labels for level in active},
+        settings.identities,
+        settings.instances,
+        shared=settings.shared_batch,
+        generators=[run.generator(epoch, SAMPLING, place) for place in range(len(active))],
+    )
+    for network in (*system.trained(), *heads):
+        network.train()
     meter = LossMeter()
     with run.reporter.bar(f"epoch {epoch + 1}/{settings.epochs}") as advance:
         for step in range(settings.steps):
             factor = learning_rate_factor(epoch + step / settings.steps, settings.epochs, settings.optim)
             for each in optimisers:
                 set_learning_rate(each, factor)
-            level_indices = [sampler.draw() for sampler in samplers]
+            indices, level_labels = batches.draw()
             generator = run.seed_step(epoch, step)
-            pixels, cameras = target.augmented(torch.cat(level_indices), settings.augment, generator, run.device)
-            level_labels = {
-                level: labels[level].labels[indices].to(run.device)
-                for level, indices in zip(active, level_indices, strict=True)
-            }
+            pixels, cameras = target.augmented(indices, settings.augment, generator, run.device)
             with run.autocast():
                 losses = lf2_losses(
                     system,
                     classifier,
                     pixels,
                     cameras,
-                    level_labels,
+                    {level: each.to(run.device) for level, each in level_labels.items()},
                     smoothing=settings.label_smoothing,
                     part_weight=settings.part_weight,
+                    cross_classifiers=cross_classifiers,
+                    shared_batch=settings.shared_batch,
                 )
             optimise(losses, optimisers)
-            update_teacher(system.ema, system.student, epoch * settings.steps + step)
+            if system.ema is not None:
+                update_teacher(system.ema, system.student, epoch * settings.steps + step)
             meter.add(losses)
-            advance((step + 1) * sum(sizes), settings.steps * sum(sizes))
-    return meter.means(loss_names(settings.parts), f"epoch {epoch + 1} of the adaptation")
-
-
-def refresh_statistics(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run) -> None:
-    """Gives the target's batch-norm statistics to student, teacher and Fusion Modules.
-
-    One pass without gradients; each layer ends with the plain mean over all batches. The norms of the parts and of the
-    Fusion Modules, which no source training has seen, get their first statistics here.
-    """
-    system.student.train()
-    system.fusion.train()
-    modules = [*system.student.modules(), *system.fusion.modules()]
-    norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's plain mean over batches
-    # Chunks of nearly equal size, so that none is left with a single image, of which there is no variance.
-    chunks = torch.arange(len(target)).tensor_split(ceil(len(target) / settings.bank_batch))
-    done = 0
-    with torch.no_grad(), run.reporter.bar("batch-norm statistics") as advance:
-        for chunk in chunks:
-            pixels, cameras = target.plain(chunk, run.device)
-            with run.autocast():
-                output = system.student(pixels, cameras)
-                system.fusion(output.part_vectors, output.feature_map)
-            done += len(chunk)
-            advance(done, len(target))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    system.ema.set(system.student)
+            advance((step + 1) * len(indices), settings.steps * len(indices))
+    return meter.means(_loss_names(settings), f"epoch {epoch + 1} of the adaptation")
 
 
 def _can_train(labels: PseudoLabels) -> bool:
     return labels.clusters >= 2
 
 
-def _sampler(labels: PseudoLabels, place: int, epoch: int, settings: AdaptSettings, run: Run) -> IdentitySampler:
-    generator = run.generator(epoch, SAMPLING, place)
-    return IdentitySampler(labels.labels.numpy(), settings.identities, settings.instances, generator)
+def _loss_names(settings: AdaptSettings) -> tuple[str, ...]:
+    return (*loss_names(settings.parts), *settings.cross_instance.names)
 
 
 def _columns(settings: AdaptSettings) -> dict[str, int]:
     levels = {f"{level} clusters/outliers": 0 for level in level_names(settings.parts)}
-    return {"epoch": 7, **levels, "losses": 7 * len(loss_names(settings.parts)), "steps": 5, "seconds": 7}
+    return {"epoch": 7, **levels, "losses": 7 * len(_loss_names(settings)), "steps": 5, "seconds": 7}
 
 
 def _report_epoch(

@@ -9,6 +9,7 @@ from uda_reid.data.image_store import ImageSettings, stream_images
 from uda_reid.data.records import Records, TestSplit
 from uda_reid.engine.feature_bank import Encode, camera_indices, extract
 from uda_reid.engine.run import Run
+from uda_reid.errors import UserError
 from uda_reid.retrieval.ranking import RetrievalMetrics, evaluate_ranking
 from uda_reid.retrieval.reranking import rerank
 
@@ -22,6 +23,13 @@ class EvaluateSettings:
     rerank_k1: int = 20
     rerank_k2: int = 6
     rerank_lambda: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or not 1 <= self.rerank_k2 <= self.rerank_k1 or not 0 <= self.rerank_lambda <= 1:
+            raise UserError(
+                "evaluate.batch must be 1 or more, 1 <= rerank_k2 <= rerank_k1 and rerank_lambda in [0, 1], but got "
+                f"{self.batch}, {self.rerank_k2}, {self.rerank_k1} and {self.rerank_lambda}."
+            )
 
 
 def evaluate(

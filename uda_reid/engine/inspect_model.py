@@ -32,8 +32,8 @@ def inspect_model(model: ReIDModel, height: int, width: int) -> ModelFacts:
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = model(torch.zeros(1, 3, height, width))
-    parts = {name: _parameters(child) for name, child in model.backbone.named_children() if _parameters(child)}
-    parts["necks"] = _parameters(model.necks)
+    children = [*model.get_submodule("backbone").named_children(), ("necks", model.necks)]
+    parts = {name: _parameters(child) for name, child in children if _parameters(child)}
     return ModelFacts(
         parameters=_parameters(model),
         gflops=counter.get_total_flops() / 2 / 1e9,

@@ -162,7 +162,7 @@ class PartReIDModel(nn.Module):
 
     Args:
         reid: gives the global embeddings and the maps.
-        parts: horizontal stripes; 2 is upper and lower body.
+        parts: horizontal stripes; 2 is upper and lower body, 0 leaves the global level alone.
     """
 
     def __init__(self, reid: ReIDModel, parts: int = 2) -> None:
@@ -177,7 +177,8 @@ class PartReIDModel(nn.Module):
         """Embed images [B, 3, H, W] float of cameras [B] int64 (or None)."""
         embeddings, bn_embeddings, maps = self.reid(images, camera_ids)
         feature_map = join_maps(maps)
-        vectors = tuple(pool_part(part) for part in split_parts(feature_map, len(self.part_embeddings)))
+        parts = split_parts(feature_map, len(self.part_embeddings)) if len(self.part_embeddings) else ()
+        vectors = tuple(pool_part(part) for part in parts)
         local = tuple(embed(pair) for embed, pair in zip(self.part_embeddings, vectors, strict=True))
         return PartOutput(torch.cat(embeddings, dim=1), torch.cat(bn_embeddings, dim=1), feature_map, vectors, local)
 

@@ -197,6 +197,8 @@ def vit_trunk(
     if weights == "none":
         # Interpolation would have smoothed a random start away.
         trunc_normal_(model.pos_embed, std=0.02)
+    # The necks' batch norms and the distances between images cannot see this shift, so nothing could train it.
+    model.norm.bias.requires_grad_(False)
     return VitTrunk(model, size, cameras, camera_scale)
 
 

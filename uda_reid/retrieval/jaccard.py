@@ -13,9 +13,9 @@ from torch import Tensor
 
 from uda_reid.retrieval.bank import pair_similarities
 from uda_reid.retrieval.checks import FeatureError, normalised
-from uda_reid.retrieval.exact_search import default_budget
+from uda_reid.retrieval.exact_search import OnProgress, default_budget
 from uda_reid.retrieval.neighbours import Neighbours
-from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
+from uda_reid.retrieval.reciprocal import Encoding, PairSimilarities, encode, expand, half_columns, row_blocks
 from uda_reid.retrieval.sum_table import SumTable
 
 
@@ -62,6 +62,7 @@ def jaccard_graph(
     k2: int = 6,
     eps: float = 0.6,
     budget_bytes: int | None = None,
+    on_progress: OnProgress | None = None,
 ) -> SparseGraph:
     """Finds every pair at most eps apart and its distance.
 
@@ -70,8 +71,9 @@ def jaccard_graph(
         neighbours: at least min(k1, N) columns; further ones are not read.
         k1: size of the neighbour lists.
         k2: rows averaged, 1..k1.
-        eps: largest distance held, 0 <= eps < 1 (at one, every pair would be).
+        eps: largest distance held, 0 < eps < 1 (at one, every pair would be).
         budget_bytes: for what is held beside features, encoding and result; `exact_search.default_budget` by default.
+        on_progress: told the fraction done.
 
     Returns:
         The graph, on the device of `features`.
@@ -79,27 +81,59 @@ def jaccard_graph(
     Raises:
         FeatureError: for settings out of range or too few columns of neighbours.
     """
+    bank = normalised(features)
+    if len(neighbours.indices) != len(bank):
+        raise FeatureError(f"neighbours must be of the {len(bank)} features, got those of {len(neighbours.indices)}.")
+    on_device = Neighbours(*(part.to(bank.device) for part in neighbours))
+    budget = default_budget(bank.device) if budget_bytes is None else budget_bytes
+    similarities_of = partial(pair_similarities, bank, bank)
+    return graph_of_neighbours(
+        similarities_of, on_device, k1=k1, k2=k2, eps=eps, budget_bytes=budget, on_progress=on_progress
+    )
+
+
+def graph_of_neighbours(
+    similarities_of: PairSimilarities,
+    neighbours: Neighbours,
+    *,
+    k1: int,
+    k2: int,
+    eps: float,
+    budget_bytes: int,
+    on_progress: OnProgress | None = None,
+) -> SparseGraph:
+    """`jaccard_graph` where the features are elsewhere, and only their cosines can be asked for.
+
+    Args:
+        similarities_of: gives the cosines of pairs (`sharded.ShardedBank.similarities`).
+        neighbours: of all N points, on the device to work on.
+        k1, k2, eps, budget_bytes, on_progress: as in `jaccard_graph`.
+
+    Returns:
+        The graph, on the device of `neighbours`.
+
+    Raises:
+        FeatureError: as `jaccard_graph`.
+    """
     if not 1 <= k2 <= k1:
         raise FeatureError(f"k2 must be between 1 and k1, got k1 = {k1} and k2 = {k2}.")
-    if not 0 <= eps < 1:
-        raise FeatureError(f"eps must be at least 0 and below 1, got {eps}.")
-    bank = normalised(features)
-    n = len(bank)
+    if not 0 < eps < 1:
+        raise FeatureError(f"eps must be above 0 and below 1, got {eps}.")
+    n = len(neighbours.indices)
     columns = min(k1, n)
-    if neighbours.indices.shape[0] != n or neighbours.indices.shape[1] < columns:
+    if neighbours.indices.shape[1] < columns:
         raise FeatureError(
             f"neighbours must be [{n}, at least {columns}] for k1 = {k1}, got {list(neighbours.indices.shape)}."
         )
-    budget = default_budget(bank.device) if budget_bytes is None else budget_bytes
     encoding = encode(
-        partial(pair_similarities, bank, bank),
-        neighbours.indices[:, :columns].to(bank.device),
-        neighbours.similarities[:, :columns].to(bank.device),
+        similarities_of,
+        neighbours.indices[:, :columns],
+        neighbours.similarities[:, :columns],
         half=half_columns(k1),
         k2=k2,
-        budget_bytes=budget,
+        budget_bytes=budget_bytes,
     )
-    return _graph(encoding, eps, budget)
+    return _graph(encoding, eps, budget_bytes, on_progress)
 
 
 def transpose(encoding: Encoding) -> Transposed:
@@ -114,9 +148,9 @@ def transpose(encoding: Encoding) -> Transposed:
     return Transposed(indptr, rows[order], encoding.weights[order], places)
 
 
-def _graph(encoding: Encoding, eps: float, budget_bytes: int) -> SparseGraph:
+def _graph(encoding: Encoding, eps: float, budget_bytes: int, on_progress: OnProgress | None) -> SparseGraph:
     n = len(encoding.indptr) - 1
-    found = list(_pairs(encoding, eps, budget_bytes))
+    found = list(_pairs(encoding, eps, budget_bytes, on_progress))
     left, right = torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
     distance = torch.cat([f[2] for f in found])
     key, order = torch.cat([left * n + right, right * n + left]).sort()
@@ -125,7 +159,9 @@ def _graph(encoding: Encoding, eps: float, budget_bytes: int) -> SparseGraph:
     return SparseGraph(indptr, key % n, torch.cat([distance, distance])[order], eps)
 
 
-def _pairs(encoding: Encoding, eps: float, budget_bytes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _pairs(
+    encoding: Encoding, eps: float, budget_bytes: int, on_progress: OnProgress | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Pairs i < j at most eps apart, as (i, j, distance), block of rows by block.
 
     Entry (i, k) meets the entries (j, k) further down its column. The smaller weights are added up in a table of a row
@@ -154,3 +190,5 @@ def _pairs(encoding: Encoding, eps: float, budget_bytes: int) -> Iterator[tuple[
         keep = distance <= eps
         near = near[keep]
         yield near // n + start, near % n, distance[keep].to(torch.float32)
+        if on_progress is not None:
+            on_progress(stop / n)

@@ -1,0 +1,75 @@
+"""The three stages together, their settings, and centroids."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import DBSCAN
+
+from uda_reid.clustering.dbscan import OUTLIER
+from uda_reid.clustering.pseudo_labels import ClusterSettings, centroids, pseudo_labels
+from uda_reid.retrieval.checks import FeatureError
+
+Bank = Callable[..., np.ndarray]
+
+
+def test_equals_the_reference(bank_of_people: Bank, dense_jaccard: Callable[..., np.ndarray]) -> None:
+    features = bank_of_people(250, seed=1)
+    found = pseudo_labels(torch.from_numpy(features), ClusterSettings(k1=20), device="cpu", seed=0)
+    distances = dense_jaccard(features, 20, 6)
+    labels = DBSCAN(eps=0.6, min_samples=4, metric="precomputed").fit_predict(distances)
+    np.testing.assert_array_equal(found.labels.numpy(), labels)
+    assert found.clusters == labels.max() + 1
+    assert found.outliers == (labels < 0).sum()
+    assert found.edges == (np.triu(distances <= 0.6, 1)).sum()
+    assert list(found.seconds) == ["neighbours", "jaccard", "dbscan"]
+
+
+def test_all_outliers() -> None:
+    features = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    found = pseudo_labels(features, ClusterSettings(k1=4, k2=1, eps=0.01), device="cpu", seed=0)
+    assert (found.clusters, found.outliers, found.edges) == (0, 40, 0)
+
+
+def test_k_means_leaves_nobody_out(bank_of_people: Bank) -> None:
+    features = torch.from_numpy(bank_of_people(100, seed=0))
+    found = pseudo_labels(features, ClusterSettings(method="kmeans", clusters=7), device="cpu", seed=0)
+    assert (found.clusters, found.outliers, found.edges) == (7, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "birch"}, "method must be one of dbscan, kmeans, got 'birch'"),
+        ({"backend": "annoy"}, "backend must be one of auto, torch, faiss, ivf, got 'annoy'"),
+        ({"k1": 3, "k2": 4}, "k2 must be between 1 and k1, got k1 = 3 and k2 = 4"),
+        ({"eps": 1.0}, r"eps must be above 0 and below 1, got 1\.0"),
+        ({"min_samples": 0}, "min_samples and clusters must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ClusterSettings(**settings)
+
+
+def test_bad_features_are_refused() -> None:
+    features = torch.ones(5, 3)
+    features[3, 1] = float("nan")
+    with pytest.raises(FeatureError, match="row 3 holds NaN"):
+        pseudo_labels(features, ClusterSettings(), device="cpu", seed=0)
+
+
+def test_centroids_are_mean_directions() -> None:
+    features = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) % 5 - 1
+    found = centroids(features, labels)
+    for number in range(4):
+        mean = torch.stack([f for f, label in zip(features, labels, strict=True) if label == number]).mean(dim=0)
+        torch.testing.assert_close(found[number], mean / mean.norm())
+    assert centroids(features, torch.full((30,), OUTLIER)).shape == (0, 6)
+
+
+def test_centroids_of_a_gap_in_the_numbers() -> None:
+    with pytest.raises(FeatureError, match="cluster 1 has no point"):
+        centroids(torch.eye(3), torch.tensor([0, 2, 2]))

@@ -7,8 +7,8 @@ from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
 WARDROBE = Wardrobe(
-    uppers=weights(hoodie=4, sweater=3, shirt=3, jacket=3, tshirt=1),
-    lowers=weights(trousers=7, leggings=2, wide=1.5, shorts=0.7, skirt=0.7),
+    uppers=weights(hoodie=4, sweater=3, shirt=3, jacket=3, tshirt=1.5),
+    lowers=weights(trousers=7, leggings=2, wide=1.5, shorts=1, skirt=1),
     upper_colours=(
         (120, 36, 48), (44, 62, 104), (86, 94, 78), (150, 150, 152), (196, 152, 70), (70, 70, 78), (94, 116, 146),
         (176, 96, 66), (60, 96, 84), (206, 196, 180), (108, 78, 110),
@@ -23,7 +23,7 @@ WARDROBE = Wardrobe(
     chest_print=0.3, back_print=0.2, open_front=0.35, scarf=0.1, boots=0.15, colour_spread=12.0,
 )  # fmt: skip
 
-_camera = partial(Camera, shadow=0.12, saturation=0.8, haze=0.15, noise=4.0, blur=0.9, quality=70)
+_camera = partial(Camera, shadow=0.12, saturation=0.8, haze=0.12, noise=4.0, blur=0.75, quality=70)
 
 CAMERAS = (
     _camera(
@@ -33,7 +33,7 @@ CAMERAS = (
     _camera(
         Place((150, 150, 152), (120, 120, 124), 0.7, "glass", (100, 104, 110), (150, 166, 178), ("bicycle", "lamp"),
               1.3),
-        yaw=175, light=0.1, cast=(0.9, 1.0, 1.14), exposure=1.04, haze=0.2, noise=3.0, blur=1.0, pitch=14,
+        yaw=175, light=0.1, cast=(0.9, 1.0, 1.14), exposure=1.04, haze=0.16, noise=3.0, blur=0.85, pitch=14,
     ),
     _camera(
         Place((140, 118, 84), (168, 128, 66), 0.0, "hedge", (112, 110, 56), (168, 120, 54), ("tree", "bench"), 1.0),
@@ -42,11 +42,11 @@ CAMERAS = (
     _camera(
         Place((168, 160, 150), (132, 124, 116), 0.35, "brick", (170, 116, 88), (88, 92, 96), ("bicycle", "poster"),
               1.4),
-        yaw=-85, light=-0.3, cast=(0.98, 0.98, 1.06), exposure=0.76, noise=5.0, blur=1.1, pitch=18,
+        yaw=-85, light=-0.3, cast=(0.98, 0.98, 1.06), exposure=0.76, noise=5.0, blur=0.9, pitch=18,
     ),
     _camera(
         Place((120, 128, 120), (96, 104, 96), 0.9, "facade", (176, 178, 170), (84, 100, 110), ("tree", "car"), 1.2),
-        yaw=35, light=0.3, cast=(0.92, 1.04, 1.0), exposure=0.98, saturation=0.7, haze=0.22, resolution=0.75,
+        yaw=35, light=0.3, cast=(0.92, 1.04, 1.0), exposure=0.98, saturation=0.7, haze=0.18, resolution=0.75,
     ),
     _camera(
         Place((132, 126, 122), (104, 98, 96), 0.5, "facade", (150, 132, 116), (70, 74, 86), ("car", "bench"), 1.5),

@@ -7,22 +7,22 @@ from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
 WARDROBE = Wardrobe(
-    uppers=weights(tshirt=6, tank=2, shirt=2, dress=2),
-    lowers=weights(shorts=4, skirt=3, trousers=3, wide=1),
+    uppers=weights(tshirt=6, tank=1.5, shirt=2, dress=2, sweater=0.6, jacket=0.8),
+    lowers=weights(shorts=3.5, skirt=3, trousers=3.5, wide=1),
     upper_colours=(
         (238, 236, 230), (214, 60, 58), (242, 196, 60), (66, 148, 204), (92, 176, 110), (238, 142, 70),
-        (232, 138, 168), (150, 208, 216), (60, 70, 120), (246, 226, 170), (70, 72, 76),
+        (232, 138, 168), (150, 208, 216), (60, 70, 120), (246, 226, 170), (70, 72, 76), (130, 104, 84), (104, 122, 96),
     ),
     lower_colours=(
         (226, 218, 200), (92, 124, 168), (200, 180, 140), (238, 238, 236), (56, 66, 96), (92, 92, 96), (150, 186, 206),
     ),
     accents=((250, 250, 246), (222, 66, 60), (246, 206, 70), (54, 110, 180), (60, 150, 100), (40, 42, 60)),
-    patterns=weights(plain=9, stripes=1.2, dots=0.6, pinstripes=0.6, halves=0.4, block=0.4),
+    patterns=weights(plain=9, stripes=1.0, dots=0.5, pinstripes=0.6, halves=0.6, block=0.5, plaid=0.4),
     lower_patterns=weights(plain=12, stripes=0.4, dots=0.4),
-    bags=weights(none=5, shoulder=2.5, handbag=1.5, backpack=1),
+    bags=weights(none=5, shoulder=2.5, handbag=1.5, backpack=1.5),
     hats=weights(none=8, sunhat=1, cap=1),
     bag_colours=((196, 150, 100), (222, 80, 70), (240, 230, 210), (60, 60, 66)),
-    chest_print=0.25, back_print=0.15, open_front=0.0, scarf=0.0, boots=0.0, colour_spread=12.0,
+    chest_print=0.25, back_print=0.15, open_front=0.4, scarf=0.0, boots=0.0, colour_spread=12.0,
 )  # fmt: skip
 
 _camera = partial(Camera, shadow=0.55, noise=2.5, blur=0.3, quality=88, exposure_spread=0.12)

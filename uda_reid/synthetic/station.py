@@ -7,7 +7,7 @@ from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
 WARDROBE = Wardrobe(
-    uppers=weights(coat=5, jacket=5, sweater=1, hoodie=1.5),
+    uppers=weights(coat=5, jacket=5, sweater=1.5, hoodie=1.5, shirt=0.8),
     lowers=weights(trousers=6, leggings=2, skirt=1, wide=1),
     upper_colours=(
         (38, 40, 46), (58, 60, 66), (44, 54, 84), (96, 74, 56), (128, 122, 112), (84, 40, 46), (66, 80, 62),
@@ -25,7 +25,7 @@ WARDROBE = Wardrobe(
     chest_print=0.1, back_print=0.1, open_front=0.4, scarf=0.35, boots=0.3, colour_spread=12.0,
 )  # fmt: skip
 
-_camera = partial(Camera, shadow=0.2, saturation=0.8, noise=5.5, blur=0.5, resolution=0.7, quality=65)
+_camera = partial(Camera, shadow=0.2, saturation=0.8, noise=4.5, blur=0.5, resolution=0.75, quality=65)
 
 CAMERAS = (
     _camera(
@@ -34,7 +34,7 @@ CAMERAS = (
     ),
     _camera(
         Place((104, 106, 112), (76, 78, 84), 0.8, "tiles", (150, 152, 158), (60, 70, 90), ("train", "line"), 1.5),
-        yaw=180, light=-0.2, cast=(0.88, 0.98, 1.12), exposure=0.84, saturation=0.75, noise=6.5, pitch=20,
+        yaw=180, light=-0.2, cast=(0.88, 0.98, 1.12), exposure=0.84, saturation=0.75, noise=5.5, pitch=20,
     ),
     _camera(
         Place((148, 134, 112), (110, 98, 82), 0.6, "glass", (70, 72, 74), (140, 146, 130), ("pillar", "poster"), 1.1),
@@ -42,7 +42,7 @@ CAMERAS = (
     ),
     _camera(
         Place((112, 110, 106), (80, 78, 76), 0.4, "brick", (134, 96, 80), (70, 66, 64), ("poster", "bench"), 1.0),
-        yaw=-90, light=-0.5, cast=(1.0, 1.04, 0.86), exposure=0.82, gamma=0.95, noise=7.0, quality=55, vignette=0.3,
+        yaw=-90, light=-0.5, cast=(1.0, 1.04, 0.86), exposure=0.82, gamma=0.95, noise=6.0, quality=55, vignette=0.3,
     ),
     _camera(
         Place((136, 140, 134), (100, 106, 100), 0.9, "facade", (120, 126, 122), (54, 62, 66), ("train", "pillar"), 1.6),

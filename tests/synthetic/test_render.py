@@ -9,8 +9,9 @@ from PIL import Image
 
 from uda_reid.synthetic import DOMAINS
 from uda_reid.synthetic.canvas import HEIGHT, SCALE, WIDTH, Canvas
+from uda_reid.synthetic.figure import Pose
 from uda_reid.synthetic.person import Bag, Garment, Person, sample_person
-from uda_reid.synthetic.render import Pose, draw_person
+from uda_reid.synthetic.render import draw_person
 
 GROUND = (120, 120, 120)
 MAGENTA = (255, 0, 255)

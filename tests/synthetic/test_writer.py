@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_frames_do_not_tell_the_identity(written: Path) -> None:
     runs = 1 + sum(a != b for a, b in pairwise(in_order))
     # By frame, neighbours share an identity about as seldom as in a random order (1 in 13), not as in a sorted one.
     assert runs > 0.8 * len(in_order)
+
+
+def test_a_domain_of_ones_own_with_two_cameras(tmp_path: Path) -> None:
+    own = replace(DOMAINS["plaza"], name="own", cameras=DOMAINS["plaza"].cameras[:2])
+    out = write_domain(own, tmp_path / "own", **SMALL)
+    gallery = {(person, camera) for person, camera, _ in parsed(out, "bounding_box_test")}
+    assert all((person, 3 - camera) in gallery for person, camera, _ in parsed(out, "query"))
+
+
+def test_a_domain_needs_two_cameras() -> None:
+    with pytest.raises(UserError, match="2 cameras or more"):
+        replace(DOMAINS["plaza"], cameras=DOMAINS["plaza"].cameras[:1])
 
 
 def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:

@@ -13,7 +13,11 @@ from uda_reid.synthetic.person import Wardrobe
 
 @dataclass(frozen=True)
 class Domain:
-    """A distribution over people and cameras; `summary` is one line for a human."""
+    """A distribution over people and cameras; `summary` is one line for a human.
+
+    Raises:
+        UserError: fewer than two cameras, which leaves nobody to be found again.
+    """
 
     name: str
     summary: str
@@ -21,6 +25,12 @@ class Domain:
     cameras: tuple[Camera, ...]
     train_identities: int = 180
     test_identities: int = 110
+
+    def __post_init__(self) -> None:
+        if len(self.cameras) < 2:
+            raise UserError(
+                f"Expected 2 cameras or more in the domain {self.name!r}, got {len(self.cameras)}; add some."
+            )
 
 
 PLAZA = Domain(

@@ -11,8 +11,9 @@ from uda_reid.synthetic.backgrounds import Scene, draw_scene
 from uda_reid.synthetic.camera import expose
 from uda_reid.synthetic.canvas import HEIGHT, SCALE, WIDTH, Canvas
 from uda_reid.synthetic.domains import Domain
+from uda_reid.synthetic.figure import Pose, sample_pose
 from uda_reid.synthetic.person import Colour, Person, sample_person
-from uda_reid.synthetic.render import Pose, draw_person, sample_pose
+from uda_reid.synthetic.render import draw_person
 
 # What a generator is for, so that no two purposes share a stream.
 IDENTITY, SCENE, SHOT = range(3)

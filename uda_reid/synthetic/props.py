@@ -8,6 +8,8 @@ from PIL import ImageDraw
 from uda_reid.synthetic.person import Colour
 
 Draw = ImageDraw.ImageDraw
+EDGE = 10_000  # a column past the right edge of any picture
+CAR_PAINTS: tuple[Colour, ...] = ((178, 40, 44), (222, 222, 224), (44, 58, 92), (96, 100, 104))
 
 
 def vary(colour: Colour, rng: np.random.Generator, spread: float) -> Colour:
@@ -51,7 +53,8 @@ def _pillar(draw: Draw, x: float, base: float, body: float, rng: np.random.Gener
 
 
 def _poster(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    ink: Colour = tuple(int(v) for v in rng.integers(40, 236, 3))  # type: ignore[assignment]
+    red, green, blue = rng.integers(40, 236, 3).tolist()
+    ink: Colour = (red, green, blue)
     wide, tall = 0.6 * body, 0.95 * body
     draw.rectangle(
         (x, base - 0.35 * body - tall, x + wide, base - 0.35 * body), fill=ink, outline=(240, 240, 238), width=3
@@ -62,7 +65,7 @@ def _poster(draw: Draw, x: float, base: float, body: float, rng: np.random.Gener
 
 
 def _car(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    paint: Colour = tuple(int(v) for v in rng.choice([(178, 40, 44), (222, 222, 224), (44, 58, 92), (96, 100, 104)]))  # type: ignore[assignment]
+    paint = CAR_PAINTS[int(rng.integers(len(CAR_PAINTS)))]
     draw.rounded_rectangle((x, base - 0.6 * body, x + 2.2 * body, base - 0.12 * body), radius=0.15 * body, fill=paint)
     draw.polygon(
         [
@@ -89,7 +92,7 @@ def _train(draw: Draw, x: float, base: float, body: float, rng: np.random.Genera
 
 
 def _safety_line(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:
-    draw.rectangle((0, base, draw.im.size[0], base + 0.09 * body), fill=(222, 186, 52))
+    draw.rectangle((0, base, EDGE, base + 0.09 * body), fill=(222, 186, 52))
 
 
 def _bicycle(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:

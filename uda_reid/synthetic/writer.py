@@ -37,17 +37,17 @@ class Shot:
 
 
 def plan_shots(domain: Domain, train_identities: int, test_identities: int, seed: int) -> list[Shot]:
-    """Decide who is seen where and how often: each person by most cameras, two to four times by each.
+    """Decide who is seen where and how often: each person by three cameras or more, twice or thrice by each.
 
-    In the test split the first picture by each camera is the query and the others go to the gallery, which leaves every
-    query matches by other cameras. Distractors (label 0) and junk (label -1) join the gallery.
+    In the test split the first picture by each camera is the query and the others go to the gallery, so that every
+    query has matches by other cameras. Distractors (label 0) and junk (label -1) join the gallery.
     """
     rng = generator(domain, seed, PLAN)
     total, places = train_identities + test_identities, len(domain.cameras)
     person_ids = rng.permutation(np.arange(1, total + 1)).tolist()
     shots = []
     for index, person_id in enumerate(person_ids):
-        seen = rng.permutation(places)[: int(rng.integers(3, places + 1))] + 1
+        seen = rng.permutation(places)[: int(rng.integers(min(3, places), places + 1))] + 1
         for camera in sorted(seen.tolist()):
             for number in range(int(rng.choice([2, 3], p=[0.75, 0.25]))):
                 test_folder = QUERY if number == 0 else GALLERY

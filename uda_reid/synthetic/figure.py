@@ -1,0 +1,102 @@
+"""A body in a pose: a small skeleton in three dimensions, seen by a parallel projection."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import cos, pi, sin, sqrt
+
+import numpy as np
+
+from uda_reid.synthetic.canvas import Canvas, Point
+from uda_reid.synthetic.person import Colour, Person
+
+
+@dataclass(frozen=True)
+class Pose:
+    """One moment of a walk, in radians and canvas pixels.
+
+    `yaw` is 0 for somebody who faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera
+    looks down; `phase`: where in the walk's period; `stride` and `swing`: how far legs and arms go; `feet`: where the
+    lower foot stands; `pixels`: the height of an average body.
+    """
+
+    yaw: float
+    pitch: float
+    phase: float
+    stride: float
+    swing: float
+    lean: float
+    feet: Point
+    pixels: float
+
+
+def sample_pose(rng: np.random.Generator, yaw: float, pitch: float, feet: Point, pixels: float) -> Pose:
+    """Draw a moment of somebody's walk, now and then of standing still."""
+    stride = 0.06 if rng.random() < 0.2 else rng.uniform(0.25, 0.5)
+    return Pose(yaw, pitch, rng.uniform(0, 2 * pi), stride, rng.uniform(0.1, 0.6), rng.normal(0, 0.02), feet, pixels)
+
+
+class Figure:
+    """A person in a pose: turns body coordinates into canvas points, and keeps the parts to paint from far to near."""
+
+    def __init__(self, canvas: Canvas, person: Person, pose: Pose) -> None:
+        self.canvas, self.person, self.pose = canvas, person, pose
+        self.size = pose.pixels * person.height
+        self.cos, self.sin = cos(pose.yaw), sin(pose.yaw)
+        self.drop = 0.0  # height of the lower foot, taken off so that somebody always stands on the ground
+        self.parts: list[tuple[float, Callable[[], None]]] = []
+        self.anchor: Point = (0.0, 0.0)  # the middle of the trunk, to which textures are fixed
+
+    def depth(self, left: float, front: float) -> float:
+        """How far a point is towards the camera."""
+        return front * self.cos - left * self.sin
+
+    def at(self, left: float, up: float, front: float) -> Point:
+        """Canvas point of a body point: `left` of the spine, `up` from the ground, in `front` of the spine."""
+        up -= self.drop
+        x = left * self.cos + front * self.sin + self.pose.lean * up
+        y = up * cos(self.pose.pitch) - self.depth(left, front) * sin(self.pose.pitch)
+        return self.pose.feet[0] + self.size * x, self.pose.feet[1] - self.size * y
+
+    def reach(self, width: float, thickness: float) -> float:
+        """Half the apparent width of an elliptic section, canvas pixels."""
+        return self.size * sqrt((width * self.cos) ** 2 + (thickness * self.sin) ** 2)
+
+    def later(self, depth: float, paint: Callable[[], None]) -> None:
+        """Keep a part for `paint`; those farther away, of smaller `depth`, are painted first."""
+        self.parts.append((depth, paint))
+
+    def paint(self) -> None:
+        """Paint all parts kept."""
+        for _, paint in sorted(self.parts, key=lambda part: part[0]):
+            paint()
+
+
+def decal(
+    figure: Figure, angle: float, half: float, top: float, bottom: float, colour: Colour, round_shape: bool = False
+) -> None:
+    """A patch on the trunk around `angle` (0: front, pi / 2: left), cut off where the surface turns away."""
+    a, b = figure.person.shoulder * 0.95, 0.07 * figure.person.girth
+    # A surface point is seen when its angle lies within pi / 2 of the camera's, which is -yaw seen from the body.
+    offset = (angle + figure.pose.yaw + pi) % (2 * pi) - pi
+    low, high = max(offset - half, -pi / 2), min(offset + half, pi / 2)
+    if low >= high:
+        return
+    left, right = ((a * sin(edge - figure.pose.yaw), b * cos(edge - figure.pose.yaw)) for edge in (low, high))
+    corners = [
+        figure.at(left[0], top, left[1]),
+        figure.at(right[0], top, right[1]),
+        figure.at(right[0], bottom, right[1]),
+        figure.at(left[0], bottom, left[1]),
+    ]
+    if round_shape:
+        x, y = (sum(axis) / 4 for axis in zip(*corners, strict=True))
+        figure.canvas.ellipse(
+            (x, y), abs(corners[1][0] - corners[0][0]) / 2, abs(corners[3][1] - corners[0][1]) / 2, colour
+        )
+    else:
+        figure.canvas.polygon(corners, colour)
+
+
+def mix(start: Point, end: Point, share: float) -> Point:
+    """The point at `share` of the way from `start` to `end`."""
+    return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])

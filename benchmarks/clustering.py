@@ -123,7 +123,7 @@ def contender(arguments: argparse.Namespace) -> None:
     """Runs one contender and writes labels and figures; the body of the subprocess."""
     import faiss  # noqa: F401
     import sklearn.cluster  # noqa: F401
-    import torch  # noqa: F401
+    import torch
 
     features = np.load(arguments.features)
     before, cpu_before = held_bytes(), time.process_time()
@@ -212,7 +212,8 @@ def main() -> None:
                 row["adjusted_rand_index"] = agreement(labels, dense_labels)
                 print(
                     f"{size:>8} {row['times_faster']:.1f} times faster, "
-                    f"{row['times_less_peak_bytes_of_the_work']:.1f} times less memory, {row['clusters']} clusters, labels equal: {row['labels_equal']}"
+                    f"{row['times_less_peak_bytes_of_the_work']:.1f} times less memory, "
+                    f"{row['clusters']} clusters, labels equal: {row['labels_equal']}"
                 )
             rows.append(row)
     import torch

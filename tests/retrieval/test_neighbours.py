@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uda_reid.retrieval import faiss_search, neighbours
+from uda_reid.retrieval import faiss_search, neighbours, symmetric_search
 from uda_reid.retrieval.bank import RankingKeys, from_fixed, pair_similarities, to_fixed
 from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import search_rows
@@ -75,6 +75,30 @@ def test_search_by_rows_equals_the_symmetric_one(name: str) -> None:
     whole = nearest_neighbours(features, 20)
     assert torch.equal(indices, whole.indices[100:250])
     assert torch.equal(similarities, whole.similarities[100:250])
+
+
+@pytest.mark.parametrize("name", ["scattered", "duplicates", "identical", "near ties", "one"])
+def test_products_in_bfloat16_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = banks()[name]
+    expected = nearest_neighbours(features, 15)
+    monkeypatch.setattr(symmetric_search, "_searched", lambda bank, k: bank.to(torch.bfloat16))
+    found = nearest_neighbours(features, 15, budget_bytes=1 << 18)
+    assert torch.equal(found.indices, expected.indices)
+    assert torch.equal(found.similarities, expected.similarities)
+
+
+def test_bfloat16_is_not_taken_where_it_cannot_tell_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(200, 512, generator=generator)
+    clear = directions.repeat(41, 1) + 0.8 * torch.randn(8200, 512, generator=generator)
+    alike = torch.ones(8200, 512) + 1e-3 * torch.randn(8200, 512, generator=generator)
+    # A processor on which bfloat16 is twice as fast.
+    monkeypatch.setattr(symmetric_search, "_seconds", lambda rows, columns: float(rows.element_size()))
+    assert symmetric_search._searched(normalised(clear), 20).dtype == torch.bfloat16
+    assert symmetric_search._searched(normalised(alike), 20).dtype == torch.float32
+    # And one on which it is not.
+    monkeypatch.setattr(symmetric_search, "_seconds", lambda rows, columns: 1.0)
+    assert symmetric_search._searched(normalised(clear), 20).dtype == torch.float32
 
 
 def test_rows_beyond_several_strips() -> None:

@@ -20,11 +20,12 @@ _TABLE_CELLS = 1 << 22
 
 
 def search_slack(features: Tensor, searched: Tensor) -> float:
-    """Twice the largest error of a product of `searched`, the rounded copy of unit rows `features`, and of the floor.
+    """How far the product of a true neighbour can be under the k-th best product: the error of the one and the other.
 
-    Rounding of the inputs enters with its measured norm (Cauchy-Schwarz), the sum in float32 with 8 sqrt(D) units in
-    the last place (Higham & Mary, SIAM J. Sci. Comput. 2019, theorem 2.4: exceeded with probability below 1e-13), the
-    result with half a unit of its own dtype.
+    Products are of `searched`, the rounded copy of unit rows `features`. Rounding of the inputs enters with its
+    measured norm (Cauchy-Schwarz), the sum in float32 with 8 sqrt(D) units in the last place (Higham & Mary, SIAM J.
+    Sci. Comput. 2019, theorem 2.4: exceeded with probability below 1e-13), the result with half a unit of its own
+    dtype: a quarter of its epsilon below one, half of it above, where the k-th best alone can be.
     """
     summation = 8 * sqrt(features.shape[1]) * 2.0**-24
     if searched.dtype == torch.float32:
@@ -34,7 +35,7 @@ def search_slack(features: Tensor, searched: Tensor) -> float:
         for a, b in zip(features.split(4096), searched.split(4096), strict=True)
     )
     rounding, unit = sqrt(lost), torch.finfo(searched.dtype).eps
-    return 2 * (2 * rounding + rounding**2 + summation + unit / 2) + unit
+    return 2 * (2 * rounding + rounding**2 + summation) + 0.75 * unit
 
 
 class Candidates:
@@ -63,12 +64,11 @@ class Candidates:
         """Keeps what reaches the floor.
 
         Args:
-            product: [rows, W], or [W, rows] where `across`.
+            product: [rows, W], or [W, rows] where `across`; float32 on a CPU.
             first_column: the column that the first of the W is.
             across: the rows run along the second dimension.
         """
-        floor = self.floor.to(product.dtype)
-        flat = _nonzero(product >= (floor if across else floor[:, None]))
+        flat = _reaching(product, self.floor if across else self.floor[:, None])
         if len(flat) == 0:
             return
         down = torch.div(flat, product.shape[1], rounding_mode="floor")
@@ -133,11 +133,11 @@ class Candidates:
         return ranked
 
 
-def _nonzero(mask: Tensor) -> Tensor:
-    """Places of the true ones of a mask laid out flat; numpy skips runs of zeros several times faster on the CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.view(-1).nonzero()[:, 0]
+def _reaching(product: Tensor, floor: Tensor) -> Tensor:
+    """Flat places of the products that reach the floor; on a CPU, numpy compares and skips several times faster."""
+    if product.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(product.numpy() >= floor.numpy()))
+    return (product >= floor).view(-1).nonzero()[:, 0]
 
 
 def _kth_of_groups(group: Tensor, value: Tensor, groups: int, k: int) -> Tensor:

@@ -24,13 +24,13 @@ import numpy as np
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
 
 
-def draw_features(n: int, dimension: int, seed: int) -> np.ndarray:
+def draw_features(n: int, dimension: int, seed: int, images_per_person: int = 17) -> np.ndarray:
     """[n, dimension] float32 like a network's: people and cameras in 64 directions, mixed, rectified, unit length.
 
-    About seventeen images a person, as in Market-1501; some people are seen clearly, some are not.
+    Seventeen images a person are those of Market-1501; some people are seen clearly, some are not.
     """
     generator = np.random.default_rng(seed)
-    people, cameras, latent = max(1, n // 17), 6, 64
+    people, cameras, latent = max(1, n // images_per_person), 6, 64
     centres = generator.normal(size=(people, latent))
     shifts = 0.4 * generator.normal(size=(cameras, latent))
     mixing = generator.normal(size=(latent, dimension)).astype(np.float32)
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where this package works: cpu or cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--dense", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--images-per-person", type=int, default=17)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--contender", choices=["ours", "dense"], help=argparse.SUPPRESS)
     parser.add_argument("--features", type=Path, help=argparse.SUPPRESS)
@@ -188,7 +189,7 @@ def main() -> None:
     for size in map(int, arguments.sizes.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             features = Path(folder) / "features.npy"
-            np.save(features, draw_features(size, arguments.dimension, arguments.seed))
+            np.save(features, draw_features(size, arguments.dimension, arguments.seed, arguments.images_per_person))
             row: dict[str, object] = {"n": size, "dimension": arguments.dimension}
             for which in ["ours", "dense"] if arguments.dense else ["ours"]:
                 row[which] = figures = run(which, features, Path(folder) / f"{which}.npy", arguments)

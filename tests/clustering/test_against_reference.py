@@ -8,6 +8,7 @@ import torch
 from sklearn.cluster import DBSCAN
 
 from uda_reid.clustering.dbscan import dbscan
+from uda_reid.clustering.pseudo_labels import ClusterSettings, pseudo_labels
 from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
 from uda_reid.retrieval.neighbours import nearest_neighbours
 
@@ -102,3 +103,14 @@ def test_order_of_the_bank_changes_names_only(bank_of_people: Bank) -> None:
     same, same_shuffled = labels[:, None] == labels, shuffled[:, None] == shuffled
     assert (same == same_shuffled)[np.ix_(core, core)].mean() > 0.995
     assert ((labels < 0) == (shuffled < 0)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_same_labels(bank_of_people: Bank) -> None:
+    features = torch.from_numpy(bank_of_people(3000, seed=6))
+    settings = ClusterSettings(k1=20)
+    cpu = pseudo_labels(features, settings, device="cpu", seed=0)
+    gpu = pseudo_labels(features, settings, device="cuda", seed=0)
+    assert cpu.clusters > 50
+    assert torch.equal(cpu.labels, gpu.labels)

@@ -10,6 +10,7 @@ from uda_reid.retrieval import faiss_search
 from uda_reid.retrieval.bank import RankingKeys
 from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import OnProgress, default_budget, search_rows
+from uda_reid.retrieval.precision import full_precision
 from uda_reid.retrieval.symmetric_search import search_symmetric
 
 BACKENDS = ("auto", "torch", "faiss", "ivf")
@@ -28,6 +29,7 @@ class Neighbours(NamedTuple):
     similarities: Tensor
 
 
+@full_precision()
 def nearest_neighbours(
     features: Tensor,
     k: int,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.retrieval.checks import FeatureError, normalised
+from uda_reid.retrieval.precision import full_precision
 
 JUNK = -1
 # Distances of queries start..stop-1 to the whole gallery, [stop - start, G].
@@ -47,6 +48,7 @@ class RetrievalMetrics:
         }
 
 
+@full_precision()
 def evaluate_ranking(
     query_features: Tensor,
     query_person_ids: Tensor,

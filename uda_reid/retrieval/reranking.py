@@ -14,6 +14,7 @@ from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import default_budget
 from uda_reid.retrieval.jaccard import transpose
 from uda_reid.retrieval.neighbours import nearest_neighbours
+from uda_reid.retrieval.precision import full_precision
 from uda_reid.retrieval.reciprocal import Encoding, encode, expand, half_columns, row_blocks
 
 
@@ -37,6 +38,7 @@ class RerankedDistances:
         self.first, self.counts = self.by_column.indptr[1:] - counts, counts
         self.most = max(1, budget_bytes // 64)
 
+    @full_precision()
     def __call__(self, start: int, stop: int) -> Tensor:
         gallery = self.bank[self.queries :]
         original = (2 - 2 * self.bank[start:stop] @ gallery.T).clamp_min(0) / self.largest[start:stop, None]
@@ -59,6 +61,7 @@ class RerankedDistances:
         return (1 - self.lambda_value) * jaccard + self.lambda_value * original
 
 
+@full_precision()
 def rerank(
     query_features: Tensor,
     gallery_features: Tensor,

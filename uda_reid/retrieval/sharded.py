@@ -14,6 +14,7 @@ from uda_reid.retrieval.bank import RankingKeys, pair_similarities
 from uda_reid.retrieval.checks import FeatureError, normalised
 from uda_reid.retrieval.exact_search import OnProgress, default_budget, search_rows
 from uda_reid.retrieval.neighbours import Neighbours
+from uda_reid.retrieval.precision import full_precision
 
 
 def shard_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -53,6 +54,7 @@ class ShardedBank:
         self.total = sum(counts)
         self.budget_bytes = default_budget(device) if budget_bytes is None else budget_bytes
 
+    @full_precision()
     def neighbours(self, k: int, *, on_progress: OnProgress | None = None) -> Neighbours:
         """The k nearest rows of every row of the whole bank, as `nearest_neighbours` gives them.
 

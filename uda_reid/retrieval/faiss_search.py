@@ -56,7 +56,7 @@ def search_inverted(
 ) -> tuple[Tensor, float]:
     """Nearly the k nearest rows of every row, from the lists nearest to it, and the share of them that was found.
 
-    About 4 sqrt(N) lists, of which a sixteenth, and at least eight, are read. The point itself is always first.
+    About 4 sqrt(N) lists, of which an eighth, and at least sixteen, are read. The point itself is always first.
 
     Args:
         bank: [N, D] float32, L2-normalised.
@@ -82,7 +82,7 @@ def search_inverted(
         index = faiss.index_cpu_to_all_gpus(index)
     index.train(rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: 64 * lists].numpy()])
     index.add(rows)
-    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(lists, max(8, lists // 16)))
+    faiss.ParameterSpace().set_index_parameter(index, "nprobe", min(lists, max(16, lists // 8)))
     found, open_rows = _search(index, bank, k, k, keys, budget_bytes, on_progress)
     # Only rows whose lists held too few are redone; ties at the end are within what recall allows.
     found = _redo(found, open_rows, bank, k, keys, budget_bytes)

@@ -14,8 +14,8 @@ from uda_reid.retrieval.precision import full_precision
 from uda_reid.retrieval.symmetric_search import search_symmetric
 
 BACKENDS = ("auto", "torch", "faiss", "ivf")
-# From here on a CPU needs the better part of an hour for an exact search, and `auto` takes inverted lists.
-INVERTED_FROM = 500_000
+# From here on a CPU needs an hour or so for an exact search, and `auto` takes inverted lists.
+INVERTED_FROM = 1_000_000
 
 
 class Neighbours(NamedTuple):

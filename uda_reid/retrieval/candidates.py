@@ -32,7 +32,7 @@ def search_slack(features: Tensor, searched: Tensor) -> float:
         return 2 * summation
     lost = max(
         float((a - b.to(torch.float32)).square_().sum(dim=1).max())
-        for a, b in zip(features.split(4096), searched.split(4096), strict=True)
+        for a, b in zip(features.split(512), searched.split(512), strict=True)
     )
     rounding, unit = sqrt(lost), torch.finfo(searched.dtype).eps
     return 2 * (2 * rounding + rounding**2 + summation) + 0.75 * unit

@@ -33,7 +33,7 @@ TINY = (
     "adapt.identities=4",
     "adapt.cluster.k1=8",
     "adapt.cluster.k2=2",
-    "adapt.cluster.eps=0.8",
+    "adapt.cluster.eps=0.5",
     "adapt.cluster.min_samples=2",
 )
 

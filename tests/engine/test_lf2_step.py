@@ -44,7 +44,8 @@ def system() -> LF2System:
 @pytest.fixture
 def classifier(system: LF2System) -> Classifiers:
     torch.manual_seed(1)
-    return Classifiers.from_centroids(torch.randn(CLUSTERS, system.student.embedding_size, dtype=torch.float64))
+    centroids = torch.randn(CLUSTERS, system.student.embedding_size, dtype=torch.float64)
+    return Classifiers.from_centroids(centroids, system.student.reid.output_widths)
 
 
 def batch_of(levels: tuple[str, ...]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -110,9 +111,13 @@ def reference(
         rows = list(range(start, start + len(own)))
         start += len(own)
         if level == "global":
-            logits = output.bn_embedding[rows] @ classifier.heads[0].weight.T
-            expected["cross_entropy"] = cross_entropy(logits, own)
-            expected["triplet_global"] = triplet(output.embedding[rows], own)
+            widths = list(system.student.reid.output_widths)
+            necked, plain = output.bn_embedding[rows].split(widths, 1), output.embedding[rows].split(widths, 1)
+            entropies = [
+                cross_entropy(each @ head.weight.T, own) for each, head in zip(necked, classifier.heads, strict=True)
+            ]
+            expected["cross_entropy"] = sum(entropies) / len(widths)
+            expected["triplet_global"] = sum(triplet(each, own) for each in plain) / len(widths)
             continue
         part = {"upper": 0, "lower": 1}[level]
         # The teacher is in evaluation mode, so each image's map can be had by itself.
@@ -162,7 +167,8 @@ def test_names_of_levels_and_losses() -> None:
 @pytest.mark.parametrize("parts", [1, 3])
 def test_any_number_of_parts_gives_the_losses_of_its_names(parts: int) -> None:
     system = make_system(parts)
-    classifier = Classifiers.from_centroids(torch.randn(CLUSTERS, system.student.embedding_size, dtype=torch.float64))
+    centroids = torch.randn(CLUSTERS, system.student.embedding_size, dtype=torch.float64)
+    classifier = Classifiers.from_centroids(centroids, system.student.reid.output_widths)
     losses = losses_of(system, classifier, level_names(parts))
     assert tuple(losses) == loss_names(parts)
     assert all(loss.isfinite() and loss > 0 for loss in losses.values())

@@ -145,7 +145,7 @@ def test_descriptor_gives_every_level_the_same_weight(student: PartReIDModel) ->
     out = student.eval()(torch.randn(3, 3, 64, 32))
     descriptor = student.descriptor(out)
     assert descriptor.shape == (3, student.descriptor_size)
-    levels = [out.bn_embedding, *out.part_embeddings]
+    levels = [out.embedding, *out.part_embeddings]
     expected = [torch.cat([level[row] / level[row].norm() for level in levels]) / math.sqrt(3) for row in range(3)]
     assert torch.allclose(descriptor, torch.stack(expected), atol=1e-6)
 

@@ -103,3 +103,12 @@ def test_classifiers_remade_from_centroids_start_at_their_directions() -> None:
     assert torch.allclose(logits.diagonal(), centroids.norm(dim=1), atol=1e-5)
     assert logits.argmax(dim=1).tolist() == [0, 1, 2, 3]
     assert all(parameter.requires_grad for parameter in classifiers.parameters())
+
+
+def test_centroids_of_several_outputs_are_divided_among_them() -> None:
+    torch.manual_seed(0)
+    centroids = torch.randn(3, 5)
+    classifiers = Classifiers.from_centroids(centroids, (2, 3))
+    for head, columns in zip(classifiers.heads, (centroids[:, :2], centroids[:, 2:]), strict=True):
+        expected = torch.stack([row / row.norm() for row in columns])
+        assert torch.allclose(head.weight, expected)

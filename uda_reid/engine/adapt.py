@@ -27,6 +27,7 @@ from uda_reid.errors import UserError
 from uda_reid.models.ema_teacher import update_teacher
 from uda_reid.models.reid_model import Classifiers
 
+NECKED = "necked"
 SAMPLING = 1_000_000  # a place that no step has: the samplers' random numbers are not those of a step
 
 
@@ -102,9 +103,10 @@ def adapt(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run
     for epoch in range(settings.epochs):
         started = perf_counter()
         banks = feature_banks(system, target, settings, run)
+        necked = banks.pop(NECKED)
         labels = cluster_levels(banks, epoch, settings, run)
-        classifier = classifier_from(banks[GLOBAL], labels[GLOBAL])
-        del banks  # the largest arrays of the run, which the steps do not need
+        classifier = classifier_from(necked, labels[GLOBAL], system.student.reid.output_widths)
+        del banks, necked  # the largest arrays of the run, which the steps do not need
         heads = classifier, cross_classifiers_for(system, labels[GLOBAL], epoch, run)
         losses = train_epoch(epoch, system, *heads, optimiser, target, labels, settings, run)
         rows.append(_report_epoch(epoch, labels, losses, perf_counter() - started, settings, run))
@@ -115,7 +117,8 @@ def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, 
     """Features of all N target images for each level: the teacher's global one, and the fused one of each part.
 
     Returns:
-        level -> [N, D] float32, L2-normalised, image and mirrored image added first.
+        level -> [N, D] float32, L2-normalised, image and mirrored image added first; and under NECKED the global
+        embeddings after their necks, in whose space the classifier lives.
     """
     for network in system.trained():
         network.eval()
@@ -124,8 +127,8 @@ def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, 
         local = system.student(pixels, cameras)
         whole = local if system.ema is None else system.teacher(pixels, cameras)
         if system.fusion is None:
-            return (whole.bn_embedding, *local.part_embeddings)
-        return (whole.bn_embedding, *system.fusion(local.part_vectors, whole.feature_map))
+            return (whole.bn_embedding, whole.embedding, *local.part_embeddings)
+        return (whole.bn_embedding, whole.embedding, *system.fusion(local.part_vectors, whole.feature_map))
 
     banks = extract(
         encode,
@@ -137,7 +140,7 @@ def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, 
         run=run,
         title="feature bank",
     )
-    return dict(zip(level_names(settings.parts), banks, strict=True))
+    return dict(zip((NECKED, *level_names(settings.parts)), banks, strict=True))
 
 
 def cluster_levels(
@@ -156,11 +159,16 @@ def cluster_levels(
     return labels
 
 
-def classifier_from(bank: Tensor, labels: PseudoLabels) -> Classifiers | None:
-    """A classifier whose weights are the L2-normalised centroids of the clusters; None where there are too few."""
+def classifier_from(bank: Tensor, labels: PseudoLabels, widths: tuple[int, ...]) -> Classifiers | None:
+    """Classifiers whose weights are the L2-normalised centroids of the clusters; None where there are too few.
+
+    Args:
+        bank: [N, D] float, the global embeddings after their necks.
+        widths: of the outputs that are concatenated in it.
+    """
     if not _can_train(labels):
         return None
-    return Classifiers.from_centroids(centroids(bank, labels.labels.to(bank.device)))
+    return Classifiers.from_centroids(centroids(bank, labels.labels.to(bank.device)), widths)
 
 
 def cross_classifiers_for(system: LF2System, labels: PseudoLabels, epoch: int, run: Run) -> Classifiers | None:

@@ -108,8 +108,3 @@ class CrossInstance(nn.Module):
 def make_cross_instance(model: ReIDModel, settings: CrossInstanceSettings) -> CrossInstance | None:
     """The modules that the settings switch on; None where they switch on none."""
     return CrossInstance(model, settings) if settings.names else None
-
-
-def promoted(embedding: Tensor, widths: tuple[int, ...], cross: CrossInstance) -> Tensor:
-    """The output that a cross-instance module reads, out of concatenated ones [B, sum of widths]."""
-    return torch.split(embedding, list(widths), dim=1)[cross.index]

@@ -7,7 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from uda_reid.engine.cross_step import CrossInstance, promoted
+from uda_reid.engine.cross_step import CrossInstance
 from uda_reid.engine.train_step import Losses
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.triplet import batch_hard_soft_margin
@@ -69,10 +69,12 @@ def lf2_losses(
     T of a part is the mean of the triplet on the local embedding F^Pj, which trains the embedding used at inference,
     and on the fused feature phi^Pj, which trains the Fusion Module; without Fusion Modules it is the former alone.
 
+    Differs from the paper: a backbone of several outputs, which the paper does not have, is given CE and T on each of
+    them, averaged, as FusionReID trains it; on their concatenation alone the weaker outputs fall apart (EXPERIMENTS.md).
     Differs from the released code: there no loss reaches the Fusion Module.
 
     Args:
-        classifier: of the global level; not read when that level sits out.
+        classifier: of the global level, one head an output; not read when that level sits out.
         pixels: [B, 3, H, W] float, the batches of all levels in `labels` one behind the other.
         cameras: [B] int64.
         labels: level -> [P * K] pseudo-labels of its batch; a level that sits out is absent.
@@ -89,12 +91,16 @@ def lf2_losses(
     losses: Losses = {}
     if GLOBAL in labels and classifier is not None:
         place, targets = places[GLOBAL], labels[GLOBAL]
-        logits = classifier((output.bn_embedding[place],))
-        losses["cross_entropy"] = smoothed_cross_entropy(logits, targets, smoothing=smoothing)
-        losses["triplet_global"] = batch_hard_soft_margin(output.embedding[place], targets)
+        embeddings, bn_embeddings = (
+            each[place].split(list(system.student.reid.output_widths), dim=1)
+            for each in (output.embedding, output.bn_embedding)
+        )
+        logits = classifier(bn_embeddings)
+        losses["cross_entropy"] = smoothed_cross_entropy(logits, targets, smoothing=smoothing) / len(logits)
+        losses["triplet_global"] = torch.stack([batch_hard_soft_margin(e, targets) for e in embeddings]).mean()
         if system.cross is not None and cross_classifiers is not None:
-            embedding = promoted(output.embedding[place], system.student.reid.output_widths, system.cross)
-            losses |= system.cross.losses(embedding, output.feature_map[place], targets, cross_classifiers, smoothing)
+            promoted, tokens = embeddings[system.cross.index], output.feature_map[place]
+            losses |= system.cross.losses(promoted, tokens, targets, cross_classifiers, smoothing)
     parts = {level: part for part, level in enumerate(level_names(len(output.part_vectors))[1:]) if level in labels}
     maps = _teacher_maps(system, pixels, cameras, output, {level: places[level] for level in parts})
     for level, part in parts.items():

@@ -1,6 +1,6 @@
 """LF2: local parts of the student's map, fused into the teacher's global map.
 
-Ding et al., "Learning Feature Fusion for Unsupervised Domain Adaptive Person Re-identification",
+Ding and Zhou, "Learning Feature Fusion for Unsupervised Domain Adaptive Person Re-identification",
 https://arxiv.org/abs/2205.09495
 """
 
@@ -184,5 +184,5 @@ class PartReIDModel(nn.Module):
 
     def descriptor(self, output: PartOutput) -> Tensor:
         """Global and local embeddings, each of length 1, side by side: [B, descriptor_size] float, L2-normalised."""
-        levels = [F.normalize(embedding) for embedding in (output.bn_embedding, *output.part_embeddings)]
+        levels = [F.normalize(embedding) for embedding in (output.embedding, *output.part_embeddings)]
         return F.normalize(torch.cat(levels, dim=1))

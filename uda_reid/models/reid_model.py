@@ -84,16 +84,19 @@ class Classifiers(nn.Module):
         return tuple(head(embedding) for head, embedding in zip(self.heads, bn_embeddings, strict=True))
 
     @classmethod
-    def from_centroids(cls, centroids: Tensor) -> "Classifiers":
-        """A classifier of one output that starts at the clusters' centroids.
+    def from_centroids(cls, centroids: Tensor, widths: Sequence[int] | None = None) -> "Classifiers":
+        """Classifiers that start at the clusters' centroids.
 
-        Ding et al., "Learning Feature Fusion for Unsupervised Domain Adaptive Person Re-identification",
+        Ding and Zhou, "Learning Feature Fusion for Unsupervised Domain Adaptive Person Re-identification",
         https://arxiv.org/abs/2205.09495, which re-makes its classifier whenever the clusters change.
 
         Args:
-            centroids: [M, D] float, of any length; they are L2-normalised here.
+            centroids: [M, D] float, of any length; each output's columns are L2-normalised here.
+            widths: D_i of the outputs that the columns belong to, in order; None for a single output.
         """
-        classes, width = centroids.shape
-        made = cls((width,), classes).to(device=centroids.device, dtype=centroids.dtype)
-        made.load_state_dict({"heads.0.weight": F.normalize(centroids)})
+        widths = (centroids.shape[1],) if widths is None else tuple(widths)
+        made = cls(widths, len(centroids)).to(device=centroids.device, dtype=centroids.dtype)
+        with torch.no_grad():
+            for head, columns in zip(made.heads, centroids.split(list(widths), dim=1), strict=True):
+                head.weight.copy_(F.normalize(columns))
         return made

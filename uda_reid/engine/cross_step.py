@@ -5,7 +5,6 @@ Its modules take part in training only; inference is the plain model.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from uda_reid.engine.train_step import Losses

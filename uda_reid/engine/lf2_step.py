@@ -70,7 +70,7 @@ def lf2_losses(
     and on the fused feature phi^Pj, which trains the Fusion Module; without Fusion Modules it is the former alone.
 
     Differs from the paper: a backbone of several outputs, which the paper does not have, is given CE and T on each of
-    them, averaged, as FusionReID trains it; on their concatenation alone the weaker outputs fall apart (EXPERIMENTS.md).
+    them, averaged, as FusionReID trains it; on their concatenation alone the weaker ones fall apart (EXPERIMENTS.md).
     Differs from the released code: there no loss reaches the Fusion Module.
 
     Args:

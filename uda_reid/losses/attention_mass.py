@@ -8,7 +8,7 @@ from torch import Tensor
 def attention_mass_loss(masses: Tensor, valid: Tensor) -> Tensor:
     """Make attention prefer the same identity over another that looks alike.
 
-    Wang et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
+    Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
     https://arxiv.org/abs/2302.02075; the logistic form is this package's reading of it:
 
         mean over valid anchors of log(1 + mass on negative / mass on positive)

@@ -8,7 +8,7 @@ from torch import Tensor
 def cosine_distillation(embedding: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Turn each embedding towards its target, as retrieval compares directions and not lengths.
 
-    Wang et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
+    Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
     https://arxiv.org/abs/2302.02075; the cosine is this package's reading of it:
 
         mean over valid images of 1 - cos(embedding, target)

@@ -1,6 +1,6 @@
 """X-ReID: training modules through which an image reads other images of its batch; inference needs none of them.
 
-Wang et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
+Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
 https://arxiv.org/abs/2302.02075. Only the idea is taken from the paper; how the modules are built is this package's
 reading of it.
 """

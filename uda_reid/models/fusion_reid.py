@@ -137,7 +137,7 @@ class HeterogenousTransmissionModule(nn.Module):
 class FusionReID(nn.Module):
     """Dual-branch feature extraction and dual-attention mutual fusion, section 3 of the paper.
 
-    Differs from the paper: none in the default settings; `shared_encoder=False` is the released code's default.
+    Differs from the paper: shifts that no loss can see are frozen. `shared_encoder=False` is the released default.
 
     Args:
         cnn: trunk of the convolutional branch.
@@ -184,7 +184,7 @@ class FusionReID(nn.Module):
         self.htm = nn.ModuleList(
             HeterogenousTransmissionModule(dim, heads, mlp_ratio, shared_encoder=shared_encoder) for _ in range(layers)
         )
-        # Batch norms and distances between images cannot see a shift that all images share, so nothing could train these.
+        # Batch norms and distances between images cannot see a shift that all images share: nothing could train these.
         shifts = [unit.bias for lru in (self.lru_cnn, self.lru_transformer) for unit in (lru.depthwise, lru.pointwise)]
         for bias in (*shifts, self.htm[-1].mfu_cnn.mlp.fc2.bias, self.htm[-1].mfu_transformer.mlp.fc2.bias):
             bias.requires_grad_(False)

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -190,7 +189,13 @@ def _cluster(
         "clusters": clusters[0] if single else clusters,
         "outliers": outliers[0] if single else outliers,
         "edges": edges[0] if single else edges,
-        "settings": asdict(settings) | {"eps": values[0] if single else values},
+        "settings": {
+            "k1": settings.k1,
+            "k2": settings.k2,
+            "eps": values[0] if single else values,
+            "min_samples": settings.min_samples,
+            "backend": settings.backend,
+        },
         "recall": recall[0] if recall else 1.0,
         "device": str(device),
         "processes": world_size,

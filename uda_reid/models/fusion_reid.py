@@ -185,9 +185,9 @@ class FusionReID(nn.Module):
             HeterogenousTransmissionModule(dim, heads, mlp_ratio, shared_encoder=shared_encoder) for _ in range(layers)
         )
         # Batch norms and distances between images cannot see a shift that all images share: nothing could train these.
-        shifts = [unit.bias for lru in (self.lru_cnn, self.lru_transformer) for unit in (lru.depthwise, lru.pointwise)]
-        for bias in (*shifts, self.htm[-1].mfu_cnn.mlp.fc2.bias, self.htm[-1].mfu_transformer.mlp.fc2.bias):
-            bias.requires_grad_(False)
+        units = [f"lru_{branch}.{conv}" for branch in ("cnn", "transformer") for conv in ("depthwise", "pointwise")]
+        for unit in (*units, f"htm.{layers - 1}.mfu_cnn.mlp.fc2", f"htm.{layers - 1}.mfu_transformer.mlp.fc2"):
+            self.get_parameter(f"{unit}.bias").requires_grad_(False)
         self.output_widths = (cnn.channels, transformer.channels, dim, dim, dim, dim)
         self.map_channels = 2 * dim
 

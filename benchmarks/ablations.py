@@ -1,0 +1,180 @@
+"""Each system and each of its switches on plaza -> station, with small trunks, equal steps and several seeds.
+
+    python benchmarks/ablations.py --seeds 0 1 2 --out docs/results/ablations.md
+
+Source systems are trained on plaza and measured on plaza and, without adaptation, on station; LF2 and its switches adapt
+one source model for each seed to station. The last epoch counts everywhere. The last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uda_reid.build import load_source_model, load_trained, open_data, run_adapt, run_evaluate, run_pretrain
+from uda_reid.data.records import ReIDDataset
+from uda_reid.engine.run import Run, pick_device
+from uda_reid.recipe import load_recipe
+from uda_reid.report.console import Reporter
+from uda_reid.report.run_log import RunLog, versions
+
+SMALL = [
+    "model.sam_ibn.options={layers=[1,1,1,1], channels=[16,16,32,32]}",
+    "model.sam_ibn.stem_pool=false",
+    "model.sam_ibn.last_stride=1",
+]
+CROSS = "pretrain.cross_instance"
+SYSTEMS: dict[str, list[str]] = {
+    "FusionReID": [],
+    "FusionReID, two encoders (not shared)": ["model.fusion.shared_encoder=false"],
+    "FusionReID, L = 2": ["model.fusion.layers=2"],
+    "FusionReID, last fused outputs alone": ["model.descriptor=['cnn_fused', 'transformer_fused']"],
+    "its CNN alone": ["model.backbone=cnn"],
+    "its ViT alone": ["model.backbone=vit"],
+    "SAM-IBN": ["model.backbone=sam_ibn"],
+    "SAM-IBN without fusion": ["model.backbone=sam_ibn", "model.sam_ibn.fusion=false"],
+    "SAM-IBN without attention and fusion": [
+        "model.backbone=sam_ibn",
+        "model.sam_ibn.fusion=false",
+        "model.sam_ibn.attention=false",
+    ],
+    "ViT + X-ReID": ["model.backbone=vit", f"{CROSS}.intra=1", f"{CROSS}.inter=1"],
+    "ViT + IntraX": ["model.backbone=vit", f"{CROSS}.intra=1"],
+    "ViT + InterX": ["model.backbone=vit", f"{CROSS}.inter=1"],
+    "FusionReID + X-ReID": [f"{CROSS}.intra=1", f"{CROSS}.inter=1"],
+}
+ADAPTATIONS: dict[str, list[str]] = {
+    "LF2": [],
+    "LF2, one shared batch": ["adapt.shared_batch=true"],
+    "LF2 without teacher": ["adapt.teacher=false"],
+    "LF2 without Fusion Module": ["adapt.fusion_module=false"],
+    "LF2, global level alone": ["adapt.parts=0"],
+    "LF2, three parts": ["adapt.parts=3"],
+    "LF2, k-means 180": ["adapt.cluster.method=kmeans", "adapt.cluster.clusters=180"],
+    "LF2 + X-ReID": ["adapt.cross_instance.intra=0.5", "adapt.cross_instance.inter=0.5"],
+    "LF2, statistics not refreshed": ["adapt.refresh_statistics=false"],
+}
+Row = dict[str, Any]
+
+
+class Bench:
+    """The data sets and the settings that all rows share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.reporter = Reporter(StringIO())
+        self.device: torch.device = pick_device(options.device)
+        self.shared = [*SMALL, f"pretrain.epochs={options.pretrain_epochs}", f"adapt.epochs={options.adapt_epochs}"]
+        self.shared += [f"adapt.steps={options.adapt_steps}", "adapt.shared_batch=false"]
+        self.heads = ["pretrain.cross_instance.heads=4", "adapt.cross_instance.heads=4"]
+        self.source = open_data("plaza", options.data_root, labelled_train=True, reporter=self.reporter)
+        self.target = open_data("station", options.data_root, labelled_train=False, reporter=self.reporter)
+
+    def run(self, seed: int, folder: Path | None = None) -> Run:
+        return Run(self.device, seed, self.reporter, RunLog(folder) if folder is not None else None)
+
+    def pretrained(self, overrides: list[str], seed: int, folder: Path) -> Row:
+        recipe = load_recipe("demo", [*self.shared, *self.heads, *overrides])
+        summary = run_pretrain(recipe, self.source, self.run(seed, folder))
+        quiet = self.run(seed)
+        station = run_evaluate(load_trained(folder / "checkpoint.safetensors", quiet), self.target, quiet, rerank=False)
+        return {"own": summary["test"], "station": station, "seconds": sum(row["seconds"] for row in summary["epochs"])}
+
+    def adapted(self, overrides: list[str], seed: int, init: Path) -> Row:
+        recipe = load_recipe("demo", [*self.shared, *self.heads, *overrides])
+        run = self.run(seed)
+        model, checkpoint, _ = load_source_model(init, run)
+        summary = run_adapt(recipe, model, checkpoint, self.target, run)
+        return {
+            "before": summary["before"],
+            "station": summary["after"],
+            "seconds": sum(row["seconds"] for row in summary["epochs"]),
+        }
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several values, standard deviation."""
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.stdev(values):.1f}"
+
+
+def table(title: str, rows: Mapping[str, list[Row]], metrics: list[tuple[str, str, str]]) -> list[str]:
+    """A Markdown table: one line a system, mean ± standard deviation over the seeds."""
+    lines = [f"| {title} | " + " | ".join(head for head, _, _ in metrics) + " | seconds |"]
+    lines.append("|-" * (len(metrics) + 2) + "|")
+    for name, runs in rows.items():
+        cells = [spread([run[split][metric] for run in runs]) for _, split, metric in metrics]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {spread([run['seconds'] for run in runs])} |")
+    return lines
+
+
+def describe(dataset: ReIDDataset) -> str:
+    return f"{dataset.name} ({len(dataset.train):,} training images)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pretrain-epochs", type=int, default=20)
+    parser.add_argument("--adapt-epochs", type=int, default=8)
+    parser.add_argument("--adapt-steps", type=int, default=80)
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
+    options = parser.parse_args()
+    bench = Bench(options)
+    systems: dict[str, list[Row]] = {name: [] for name in SYSTEMS}
+    adaptations: dict[str, list[Row]] = {name: [] for name in ADAPTATIONS}
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in options.seeds:
+            for number, (name, overrides) in enumerate(SYSTEMS.items()):
+                systems[name].append(bench.pretrained(overrides, seed, Path(scratch) / f"{seed}-{number}"))
+                print(f"seed {seed}  {name}: {systems[name][-1]['own']['mAP']:.1f}", file=sys.stderr, flush=True)
+            init = Path(scratch) / f"{seed}-0" / "checkpoint.safetensors"
+            for name, overrides in ADAPTATIONS.items():
+                adaptations[name].append(bench.adapted(overrides, seed, init))
+                print(
+                    f"seed {seed}  {name}: {adaptations[name][-1]['station']['mAP']:.1f}", file=sys.stderr, flush=True
+                )
+    source_columns = [
+        ("plaza mAP", "own", "mAP"),
+        ("plaza Rank-1", "own", "rank1"),
+        ("station mAP", "station", "mAP"),
+        ("station Rank-1", "station", "rank1"),
+    ]
+    target_columns = [
+        ("before mAP", "before", "mAP"),
+        ("after mAP", "station", "mAP"),
+        ("after Rank-1", "station", "rank1"),
+    ]
+    lines = [
+        f"    python benchmarks/ablations.py {' '.join(sys.argv[1:])}",
+        "",
+        f"Demo recipe with {options.pretrain_epochs} source epochs, {options.adapt_epochs} x {options.adapt_steps} "
+        f"adaptation steps, {describe(bench.source)} -> {describe(bench.target)}, seeds "
+        f"{', '.join(map(str, options.seeds))} (mean ± standard deviation), last epoch, {bench.device}. "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + ". Seconds are of training alone, on a shared machine: compare, do not quote.",
+        "",
+        "## Source training: measured on its own domain, and on the target without adaptation",
+        "",
+        *table("system", systems, source_columns),
+        "",
+        "## Adaptation of the first row's model",
+        "",
+        *table("system", adaptations, target_columns),
+    ]
+    print("\n".join(lines))
+    if options.out is not None:
+        options.out.write_text("# Ablations\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    print(json.dumps({"benchmark": "ablations", "systems": systems, "adaptations": adaptations}, default=str))
+
+
+if __name__ == "__main__":
+    main()

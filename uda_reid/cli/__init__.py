@@ -1,11 +1,16 @@
 """The command line. Each command is a file of its own, imported when it is called, so that --help answers at once."""
 
+import os
 from importlib import import_module
 
 import click
 
 from uda_reid import __version__
 from uda_reid.errors import UserError
+
+# Read by OpenMP when torch is first imported: threads that wait for work sleep, so that a busy machine is not held up
+# by them. A value that the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Name -> what it does, in the order of use.
 COMMANDS = {

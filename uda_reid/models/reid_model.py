@@ -97,6 +97,6 @@ class Classifiers(nn.Module):
         widths = (centroids.shape[1],) if widths is None else tuple(widths)
         made = cls(widths, len(centroids)).to(device=centroids.device, dtype=centroids.dtype)
         with torch.no_grad():
-            for head, columns in zip(made.heads, centroids.split(list(widths), dim=1), strict=True):
-                head.weight.copy_(F.normalize(columns))
+            for head, columns in zip(made.parameters(), centroids.split(list(widths), dim=1), strict=True):
+                head.copy_(F.normalize(columns))
         return made

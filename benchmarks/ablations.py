@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from uda_reid.build import load_source_model, load_trained, open_data, run_adapt, run_evaluate, run_pretrain
+from uda_reid.build import open_data, run_adapt, run_evaluate, run_pretrain
 from uda_reid.data.records import ReIDDataset
 from uda_reid.engine.run import Run, pick_device
+from uda_reid.networks import load_source_model, load_trained
 from uda_reid.recipe import load_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import RunLog, versions

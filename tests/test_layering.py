@@ -1,4 +1,4 @@
-"""Imports run one way: cli -> build -> engine -> {models, losses, clustering, report, data} -> retrieval."""
+"""Imports run one way: cli, build, networks, engine, {models, losses, clustering, report, data}, retrieval."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,9 @@ ALLOWED = {
     "report": {"retrieval"},
     "clustering": {"retrieval"},
     "engine": {"models", "losses", "clustering", "report", "data", "retrieval", "__init__"},
+    "networks": {"recipe", "engine", "models", "retrieval"},
     "build": {
+        "networks",
         "__init__",
         "recipe",
         "synthetic",
@@ -32,7 +34,18 @@ ALLOWED = {
         "data",
         "retrieval",
     },
-    "cli": {"build", "recipe", "synthetic", "engine", "report", "data", "clustering", "retrieval", "__init__"},
+    "cli": {
+        "build",
+        "networks",
+        "recipe",
+        "synthetic",
+        "engine",
+        "report",
+        "data",
+        "clustering",
+        "retrieval",
+        "__init__",
+    },
 }
 
 

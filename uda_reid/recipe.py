@@ -1,7 +1,7 @@
-"""Recipes: TOML files read into frozen dataclasses. Only `build` and `cli` know them.
+"""Recipes: TOML files read into frozen dataclasses. Only `networks`, `build` and `cli` know them.
 
 A recipe states what differs from the defaults below. Every part of the package takes its own settings object or plain
-arguments, so nothing beyond `build` ever sees a whole recipe.
+arguments, so nothing below `networks` ever sees a whole recipe.
 """
 
 import dataclasses

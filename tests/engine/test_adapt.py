@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from uda_reid.build import load_set, make_lf2, make_model, open_data
+from uda_reid.build import load_set, open_data
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.image_store import in_content_order
@@ -19,6 +19,7 @@ from uda_reid.engine.adapt import adapt, cluster_levels
 from uda_reid.engine.lf2_step import LF2System, level_names
 from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run
+from uda_reid.networks import make_lf2, make_model
 from uda_reid.recipe import Recipe, override_recipe
 from uda_reid.report.console import Reporter
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from uda_reid.build import load_set, make_model, open_data
+from uda_reid.build import load_set, open_data
 from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.pretrain import SourceSystem, make_source_system, pretrain
 from uda_reid.engine.run import Run
 from uda_reid.errors import UserError
+from uda_reid.networks import make_model
 from uda_reid.recipe import Recipe, override_recipe
 
 

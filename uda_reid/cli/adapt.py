@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import load_source_model, open_data, run_adapt, take_model_from
+from uda_reid.build import open_data, run_adapt
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
 from uda_reid.cli.options import (
     RUNS,
@@ -16,6 +16,7 @@ from uda_reid.cli.options import (
     set_option,
     start_run,
 )
+from uda_reid.networks import load_source_model, take_model_from
 from uda_reid.recipe import load_recipe
 from uda_reid.report.console import Reporter
 

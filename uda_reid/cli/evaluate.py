@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import load_trained, open_data, run_evaluate
+from uda_reid.build import open_data, run_evaluate
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
 from uda_reid.cli.options import RUNS, data_root_option, keep_recipe, run_options, set_option, start_run
+from uda_reid.networks import load_trained
 from uda_reid.report.console import Reporter
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from uda_reid.build import make_model
 from uda_reid.cli.options import recipe_option, set_option
 from uda_reid.engine.inspect_model import inspect_model
+from uda_reid.networks import make_model
 from uda_reid.recipe import BACKBONES, Recipe, load_recipe, override_recipe
 from uda_reid.report.console import Reporter
 

@@ -157,9 +157,3 @@ def test_commands_are_understood(page: Path) -> None:
     assert found
     for words in found:
         parsed(words)
-
-
-@per_page
-def test_python_blocks_run(page: Path) -> None:
-    for body in fenced(page, "python"):
-        exec(compile(body, str(page), "exec"), {})

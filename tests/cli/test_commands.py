@@ -98,3 +98,20 @@ def test_every_command_explains_itself(invoke: Invoke, command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def without_seconds(content: object) -> object:
+    """A summary without what differs from run to run on the same machine."""
+    if isinstance(content, dict):
+        return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
+    if isinstance(content, list):
+        return [without_seconds(value) for value in content]
+    return content
+
+
+def test_the_same_seed_gives_the_same_summaries(invoke: Invoke) -> None:
+    for out in ("first", "second"):
+        assert invoke("demo", "--out", out, "--device", "cpu", *settings()).exit_code == 0
+    for part in (".", "pretrain", "adapt"):
+        first, second = (without_seconds(summary(Path(out) / part)) for out in ("first", "second"))
+        assert first == second

@@ -85,3 +85,10 @@ def test_a_device_that_is_not_here(invoke: Invoke, device: str) -> None:
 def test_evaluating_without_a_labelled_test_split(invoke: Invoke, tiny_root: Path, pretrained: Path) -> None:
     shutil.copytree(tiny_root / "synthetic" / "plaza" / "bounding_box_train", "bare/bounding_box_train")
     assert "no labelled test split" in refused(invoke("evaluate", "--target", "bare", "--checkpoint", pretrained))
+
+
+def test_a_refused_run_leaves_no_folder(invoke: Invoke, pretrained: Path) -> None:
+    refused(invoke("evaluate", "--target", "plaza", "--checkpoint", "nowhere"))
+    refused(invoke("adapt", "--target", "station", "--init", pretrained, "--set", "model.fusion.layers=3"))
+    refused(invoke("pretrain", "--source", "plaza", "--device", "abacus"))
+    assert not Path("runs").exists()

@@ -8,6 +8,7 @@ from uda_reid.build import open_data, run_adapt
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
 from uda_reid.cli.options import (
     RUNS,
+    bare_run,
     data_root_option,
     default_recipe,
     keep_recipe,
@@ -56,9 +57,10 @@ def adapt(
     of_checkpoint = tuple(o for o in overrides if o.startswith(FROM_CHECKPOINT))
     recipe = load_recipe(name, tuple(o for o in overrides if o not in of_checkpoint))
     reporter.say(f"Recipe {name}{'' if recipe_name else ' (the default here)'}: {recipe.description}")
+    bare = bare_run(seed, device, reporter)
+    model, checkpoint, source_recipe = load_source_model(path, bare, of_checkpoint)
     dataset = open_data(target, data_root, labelled_train=False, reporter=reporter)
-    run = start_run(out, f"adapt-{target}", seed, device, reporter)
-    model, checkpoint, source_recipe = load_source_model(path, run, of_checkpoint)
+    run = start_run(bare, out, f"adapt-{target}")
     recipe = take_model_from(recipe, source_recipe)
     keep_recipe(run, recipe)
     run_adapt(recipe, model, checkpoint, dataset, run)

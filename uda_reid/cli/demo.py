@@ -5,7 +5,15 @@ from pathlib import Path
 import click
 
 from uda_reid.build import open_data, run_demo
-from uda_reid.cli.options import data_root_option, keep_recipe, recipe_option, run_options, set_option, start_run
+from uda_reid.cli.options import (
+    bare_run,
+    data_root_option,
+    keep_recipe,
+    recipe_option,
+    run_options,
+    set_option,
+    start_run,
+)
 from uda_reid.recipe import load_recipe
 from uda_reid.report.console import Reporter
 
@@ -26,8 +34,9 @@ def demo(
     """
     reporter = Reporter()
     recipe = load_recipe(recipe_name or "demo", overrides)
+    bare = bare_run(seed, device, reporter)
     source = open_data(SOURCE, data_root, labelled_train=True, reporter=reporter)
     target = open_data(TARGET, data_root, labelled_train=False, reporter=reporter)
-    run = start_run(out, "demo", seed, device, reporter)
+    run = start_run(bare, out, "demo")
     keep_recipe(run, recipe)
     run_demo(recipe, source, target, run)

@@ -6,7 +6,7 @@ import click
 
 from uda_reid.build import open_data, run_evaluate
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
-from uda_reid.cli.options import RUNS, data_root_option, keep_recipe, run_options, set_option, start_run
+from uda_reid.cli.options import RUNS, bare_run, data_root_option, keep_recipe, run_options, set_option, start_run
 from uda_reid.networks import load_trained
 from uda_reid.report.console import Reporter
 
@@ -36,8 +36,9 @@ def evaluate(
     reporter = Reporter()
     path = checkpoint_of(checkpoint) if checkpoint is not None else newest_checkpoint(RUNS, ("pretrain", "adapt"))
     reporter.say(f"Measuring {path}{'' if checkpoint is not None else ' (the newest run)'}.")
+    bare = bare_run(seed, device, reporter)
+    trained = load_trained(path, bare, overrides)
     dataset = open_data(target, data_root, labelled_train=False, reporter=reporter)
-    run = start_run(out, f"evaluate-{target}", seed, device, reporter)
-    trained = load_trained(path, run, overrides)
+    run = start_run(bare, out, f"evaluate-{target}")
     keep_recipe(run, trained.recipe)
     run_evaluate(trained, dataset, run, rerank=rerank)

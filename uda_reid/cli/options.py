@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,12 +61,17 @@ def default_recipe(dataset: str, otherwise: str) -> str:
     return "demo" if dataset in DOMAINS else otherwise
 
 
-def start_run(out: Path | None, title: str, seed: int, device: str, reporter: Reporter) -> Run:
+def bare_run(seed: int, device: str, reporter: Reporter) -> Run:
+    """A run that keeps nothing yet, for all that can go wrong before a folder is made."""
+    return Run(pick_device(device), seed, reporter)
+
+
+def start_run(run: Run, out: Path | None, title: str) -> Run:
     """Opens the run's folder and says where everything goes."""
     folder = out if out is not None else _new_folder(title)
-    run = Run(pick_device(device), seed, reporter, RunLog(folder))
-    reporter.say(f"Writing to {folder}; computing on {run.device}, seed {seed}.")
-    return run
+    started = replace(run, log=RunLog(folder))
+    run.reporter.say(f"Writing to {folder}; computing on {run.device}, seed {run.seed}.")
+    return started
 
 
 def keep_recipe(run: Run, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ import click
 
 from uda_reid.build import open_data, run_pretrain
 from uda_reid.cli.options import (
+    bare_run,
     data_root_option,
     default_recipe,
     keep_recipe,
@@ -41,7 +42,8 @@ def pretrain(
     name = recipe_name or default_recipe(source, "fusionreid")
     recipe = load_recipe(name, overrides)
     reporter.say(f"Recipe {name}{'' if recipe_name else ' (the default here)'}: {recipe.description}")
+    bare = bare_run(seed, device, reporter)
     dataset = open_data(source, data_root, labelled_train=True, reporter=reporter)
-    run = start_run(out, f"pretrain-{source}", seed, device, reporter)
+    run = start_run(bare, out, f"pretrain-{source}")
     keep_recipe(run, recipe)
     run_pretrain(recipe, dataset, run)

@@ -115,3 +115,23 @@ def test_the_same_seed_gives_the_same_summaries(invoke: Invoke) -> None:
     for part in (".", "pretrain", "adapt"):
         first, second = (without_seconds(summary(Path(out) / part)) for out in ("first", "second"))
         assert first == second
+
+
+def test_crops_without_any_label_are_adapted_to_and_no_accuracy_is_reported(
+    invoke: Invoke, pretrained: Path, tiny_root: Path
+) -> None:
+    crops = Path("crops/bounding_box_train")
+    crops.mkdir(parents=True)
+    for number, path in enumerate(sorted((tiny_root / "synthetic/station/bounding_box_train").iterdir())):
+        camera = path.name.split("_c")[1][0]
+        (crops / f"c{camera}_{number:05d}.jpg").write_bytes(path.read_bytes())
+    result = invoke(
+        "adapt", "--target", "crops", "--init", pretrained, "--recipe", "demo", "--out", "a", *settings("adapt")
+    )
+    assert result.exit_code == 0, result.output
+    content = summary(Path("a"))
+    assert content["before"] is None
+    assert content["after"] is None
+    assert len(content["epochs"]) == 2
+    assert "no accuracy is reported" in result.output
+    assert Path("a/checkpoint.safetensors").is_file()

@@ -124,8 +124,10 @@ def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, 
         network.eval()
 
     def encode(pixels: Tensor, cameras: Tensor) -> tuple[Tensor, ...]:
-        local = system.student(pixels, cameras)
-        whole = local if system.ema is None else system.teacher(pixels, cameras)
+        whole = system.teacher(pixels, cameras)
+        if not settings.parts:
+            return (whole.bn_embedding, whole.embedding)
+        local = whole if system.ema is None else system.student(pixels, cameras)
         if system.fusion is None:
             return (whole.bn_embedding, whole.embedding, *local.part_embeddings)
         return (whole.bn_embedding, whole.embedding, *system.fusion(local.part_vectors, whole.feature_map))

@@ -3,17 +3,21 @@
     python benchmarks/ablations.py --seeds 0 1 2 --out docs/results/ablations.md
 
 Source systems are trained on plaza and measured there and, without adaptation, on station; LF2 and its switches adapt
-one source model for each seed to station. The last epoch counts everywhere. The last line is JSON.
+one source model for each seed to station. The last epoch counts everywhere. With --keep FOLDER each row is written
+there as soon as it is measured, and a row that lies there for the same settings is not measured again. The last line
+is JSON.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -69,6 +73,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.init_epochs = options.init_epochs
+        self.keep: Path | None = options.keep
         self.reporter = Reporter(StringIO())
         self.device: torch.device = pick_device(options.device)
         self.shared = [*SMALL, f"pretrain.epochs={options.pretrain_epochs}", f"adapt.epochs={options.adapt_epochs}"]
@@ -79,6 +84,18 @@ class Bench:
 
     def run(self, seed: int, folder: Path | None = None) -> Run:
         return Run(self.device, seed, self.reporter, RunLog(folder) if folder is not None else None)
+
+    def kept(self, kind: str, seed: int, overrides: list[str], measure: Callable[[], Row]) -> Row:
+        """The row measured now or, with --keep, at an earlier run of the same settings."""
+        if self.keep is None:
+            return measure()
+        settings = json.dumps([kind, seed, self.init_epochs, self.shared, overrides])
+        file = self.keep / f"{hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()}.json"
+        if not file.exists():
+            row = json.dumps(measure(), default=str)
+            self.keep.mkdir(parents=True, exist_ok=True)
+            file.write_text(row, encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def pretrained(self, overrides: list[str], seed: int, folder: Path) -> Row:
         recipe = load_recipe("demo", [*self.shared, *self.heads, *overrides])
@@ -106,13 +123,16 @@ def run_seed(seed: int, options: argparse.Namespace) -> tuple[dict[str, Row], di
     with tempfile.TemporaryDirectory() as scratch:
         systems = {}
         for name, overrides in SYSTEMS.items():
-            systems[name] = bench.pretrained(overrides, seed, Path(scratch) / f"system-{len(systems)}")
+            folder = Path(scratch) / f"system-{len(systems)}"
+            systems[name] = bench.kept("system", seed, overrides, partial(bench.pretrained, overrides, seed, folder))
             print(f"seed {seed}  {name}: {systems[name]['own']['mAP']:.1f}", file=sys.stderr, flush=True)
-        init = Path(scratch) / "init"
-        bench.pretrained([f"pretrain.epochs={bench.init_epochs}"], seed, init)
+        init = (options.keep or Path(scratch)) / f"init-{seed}"
+        start = [f"pretrain.epochs={bench.init_epochs}"]
+        bench.kept("init", seed, start, partial(bench.pretrained, start, seed, init))
         adaptations = {}
         for name, overrides in ADAPTATIONS.items():
-            adaptations[name] = bench.adapted(overrides, seed, init / "checkpoint.safetensors")
+            adapt = partial(bench.adapted, overrides, seed, init / "checkpoint.safetensors")
+            adaptations[name] = bench.kept("adaptation", seed, overrides, adapt)
             print(f"seed {seed}  {name}: {adaptations[name]['station']['mAP']:.1f}", file=sys.stderr, flush=True)
     return systems, adaptations
 
@@ -148,6 +168,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=1, help="seeds that run at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--keep", type=Path, help="folder of measured rows, to go on after an interruption")
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
     options = parser.parse_args()
     bench = Bench(options)  # renders the domains, if need be, before any worker reads them

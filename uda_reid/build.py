@@ -52,8 +52,10 @@ def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSett
     """Decodes a split into the store that training reads."""
     scratch = run.log.folder if run.log is not None else None
     with run.reporter.progress(title) as advance:
-        store = load_images(records.paths, images, scratch, advance)
-    return ImageSet(store, camera_indices(records.camera_ids, known_cameras), images)
+        store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance)
+    run.reporter.say(f"{title}: {store.describe()}")
+    cameras = camera_indices(records.camera_ids, known_cameras).to(run.device)
+    return ImageSet(store.images, cameras, images)
 
 
 def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:

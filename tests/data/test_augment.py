@@ -13,7 +13,8 @@ from scipy import stats
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from uda_reid.data.augment import AugmentSettings, augment, flip_and_crop, normalise, random_erase
+from uda_reid.data import augment as augment_module
+from uda_reid.data.augment import AugmentSettings, augment, flip_and_crop, normalise, random_erase_
 from uda_reid.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,6 +28,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def random_images(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator(seed))
+
+
+def random_erase(images: Tensor, probability: float, fill: str, source: torch.Generator) -> Tensor:
+    """An erased copy."""
+    erased = images.clone()
+    random_erase_(erased, probability, fill, source)
+    return erased
 
 
 def usual_crops(image: Tensor, pad: int) -> dict[tuple[bool, int, int], bytes]:
@@ -76,6 +84,17 @@ def test_each_image_of_a_batch_is_its_own() -> None:
     images = random_images(64, 6, 5)
     for image, moved in zip(images, flip_and_crop(images, 0.5, 2, generator()), strict=True):
         assert moved.numpy().tobytes() in usual_crops(image, 2).values()
+
+
+def test_a_seed_gives_the_crops_it_has_always_given() -> None:
+    images, pad = random_images(64, 6, 5), 2
+    source = generator(3)
+    flipped = torch.rand(64, generator=source) < 0.5
+    top = torch.randint(0, 2 * pad + 1, (64, 1), generator=source)
+    left = torch.randint(0, 2 * pad + 1, (64, 1), generator=source)
+    for i, moved in enumerate(flip_and_crop(images, 0.5, pad, generator(3))):
+        expected = usual_crops(images[i], pad)[bool(flipped[i]), int(top[i]), int(left[i])]
+        assert moved.numpy().tobytes() == expected
 
 
 def test_flip_and_crop_takes_a_pad_above_the_size() -> None:
@@ -196,9 +215,7 @@ def test_the_probability_of_erasing(probability: float) -> None:
 @pytest.mark.parametrize("fill", ["noise", "mean"])
 def test_the_rest_of_the_image_is_untouched(fill: str) -> None:
     images = torch.rand(200, 3, 64, 32, generator=generator(1)) + 10  # out of the reach of noise
-    before = images.clone()
     erased = random_erase(images, 1.0, fill, generator())
-    assert torch.equal(images, before)
     changed = erased != images
     for mask in changed.all(dim=1):
         assert box_of(mask) is not None
@@ -211,6 +228,21 @@ def test_noise_is_drawn_for_every_pixel_from_a_standard_normal() -> None:
     values = erased[erased != 50.0]
     assert stats.kstest(values[:100_000].numpy(), "norm").pvalue > 1e-4
     assert len(values.unique()) > 0.95 * len(values)  # float32 itself repeats a few
+
+
+def test_a_gpus_way_of_filling_fills_the_same_boxes() -> None:
+    images = torch.full((300, 3, 64, 32), 50.0)
+    boxes = augment_module._draw_boxes(images, 0.5, generator())
+    filled = {}
+    for fill in ("noise", "mean"):
+        each, masked = images.clone(), images.clone()
+        augment_module._fill_each(each, boxes, fill, generator(1))
+        augment_module._fill_masked(masked, boxes, fill, generator(1))
+        assert torch.equal(each != 50.0, masked != 50.0)
+        filled[fill] = masked
+    erased = filled["mean"] == 0
+    assert torch.equal(erased, filled["noise"] != 50.0)
+    assert stats.kstest(filled["noise"][erased][:100_000].numpy(), "norm").pvalue > 1e-4
 
 
 def test_augment_is_flip_crop_normalise_erase_in_this_order() -> None:

@@ -2,13 +2,14 @@
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from uda_reid.data import image_store
 from uda_reid.data.image_store import ImageSettings, decode, in_content_order, load_images, stream_images
@@ -17,6 +18,12 @@ from uda_reid.errors import UserError
 
 SMALL = ImageSettings(height=24, width=12)
 NEVER_IN_MEMORY = ImageSettings(height=24, width=12, memory_limit_gib=0.0)
+CPU = torch.device("cpu")
+
+
+def load(paths: Sequence[Path], settings: ImageSettings, scratch: Path | None = None) -> Tensor:
+    """The images of a store for the CPU."""
+    return load_images(paths, settings, device=CPU, scratch=scratch).images
 
 
 def reference(path: Path, settings: ImageSettings) -> np.ndarray:
@@ -46,7 +53,7 @@ def test_decode_is_pillows_bilinear_rgb(
 def test_the_store_keeps_the_order_of_the_paths(tmp_path: Path, draw: Callable[..., Path]) -> None:
     paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(7)]
     shuffled = [paths[i] for i in (3, 0, 6, 2, 2, 5)]
-    store = load_images(shuffled, SMALL)
+    store = load(shuffled, SMALL)
     assert (store.shape, store.dtype) == ((6, 3, 24, 12), torch.uint8)
     for image, path in zip(store, shuffled, strict=True):
         assert (image.numpy() == decode(path, SMALL)).all()
@@ -59,9 +66,9 @@ def test_memory_map_and_stream_equal_the_store_in_memory(
     monkeypatch.setattr(image_store, "CHUNK", 4)
     paths = [draw(tmp_path / f"{i}.jpg", seed=i) for i in range(images)]
     seen: list[tuple[int, int]] = []
-    in_memory = load_images(paths, SMALL, on_progress=lambda done, total: seen.append((done, total)))
+    in_memory = load_images(paths, SMALL, device=CPU, on_progress=lambda *counts: seen.append(counts)).images
     assert seen == [(min(start + 4, images), images) for start in range(0, images, 4)]
-    assert torch.equal(load_images(paths, NEVER_IN_MEMORY, tmp_path), in_memory)
+    assert torch.equal(load(paths, NEVER_IN_MEMORY, tmp_path), in_memory)
     blocks = list(stream_images(paths, SMALL))
     assert [len(block) for block in blocks] == [min(4, images - start) for start in range(0, images, 4)]
     assert torch.equal(torch.cat(blocks), in_memory)
@@ -71,7 +78,7 @@ def test_a_large_set_lies_in_a_file_that_goes_with_it(tmp_path: Path, draw: Call
     paths = [draw(tmp_path / "images" / f"{i}.png", seed=i) for i in range(3)]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    store = load_images(paths, NEVER_IN_MEMORY, scratch)
+    store = load(paths, NEVER_IN_MEMORY, scratch)
     assert os.listdir(scratch) == []
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -80,25 +87,24 @@ def test_a_large_set_lies_in_a_file_that_goes_with_it(tmp_path: Path, draw: Call
         assert str(scratch) not in maps.read_text()
 
 
-def test_the_limit_is_the_size_of_the_store(
-    tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_said_before_anything_is_written(
+    tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, assert_sentence: Callable[..., None]
 ) -> None:
-    paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(4)]
-    size = 4 * 3 * 24 * 12
-    assert SMALL.bytes_of(4) == size
-    mapped = []
-    original = image_store._memory_map
-    monkeypatch.setattr(image_store, "_memory_map", lambda *args: mapped.append(args) or original(*args))
-    load_images(paths, ImageSettings(height=24, width=12, memory_limit_gib=size / 2**30), tmp_path)
-    assert mapped == []
-    load_images(paths, ImageSettings(height=24, width=12, memory_limit_gib=(size - 1) / 2**30), tmp_path)
-    assert len(mapped) == 1
+    path = draw(tmp_path / "a.png")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    full = os.statvfs_result((1, 1, 10**6, 5, 5, 1, 1, 1, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(UserError) as error:
+        load(3 * [path], NEVER_IN_MEMORY, scratch)
+    assert_sentence(error.value, scratch, "images.memory_limit_gib")
+    assert os.listdir(scratch) == []
 
 
 def test_the_store_needs_no_file_any_more(tmp_path: Path, draw: Callable[..., Path]) -> None:
     path = draw(tmp_path / "a.png")
     expected = torch.tensor(decode(path, SMALL))
-    store = load_images([path], SMALL)
+    store = load([path], SMALL)
     path.unlink()
     assert torch.equal(store[0], expected)
 
@@ -123,7 +129,7 @@ def test_a_damaged_image_is_named_in_one_sentence(
     good = [draw(tmp_path / f"good{i}.{suffix}", seed=i) for i in range(3)]
     bad = draw(tmp_path / f"bad.{suffix}", seed=9)
     spoil(bad, how)
-    for read in (lambda paths: load_images(paths, SMALL), lambda paths: list(stream_images(paths, SMALL))):
+    for read in (lambda paths: load(paths, SMALL), lambda paths: list(stream_images(paths, SMALL))):
         with pytest.raises(UserError) as error:
             read([*good, bad])
         assert_sentence(error.value, bad)
@@ -194,6 +200,7 @@ def test_content_order_names_a_file_that_is_gone(tmp_path: Path, assert_sentence
         ({"width": -1}, "images.width"),
         ({"mean": (0.5, 0.5)}, "images.mean"),
         ({"std": (0.5, 0.5, 0.0)}, "images.std"),
+        ({"store": "disk"}, "one of auto, device, pinned, memory, file, not 'disk'"),
     ],
 )
 def test_settings_refuse_what_cannot_be(

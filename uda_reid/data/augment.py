@@ -37,9 +37,11 @@ class AugmentSettings:
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[B, 3, H, W] uint8 in 0..255 -> float32, (x / 255 - mean) / std per channel."""
-    mean_ = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    std_ = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() / 255 - mean_) / std_
+    normalised = images.float().div_(255)
+    # Plain numbers, since a tensor of them would first have to be copied to a GPU, which waits for it.
+    for channel, mean_, std_ in zip(normalised.unbind(1), mean, std, strict=True):
+        channel.sub_(mean_).div_(std_)
+    return normalised
 
 
 def augment(
@@ -59,8 +61,9 @@ def augment(
         [B, 3, H, W] float32.
     """
     moved = flip_and_crop(images, settings.flip, settings.pad, generator)
-    normalised = normalise(moved, mean, std)
-    return random_erase(normalised, settings.erase, settings.erase_fill, generator)
+    augmented = normalise(moved, mean, std)
+    random_erase_(augmented, settings.erase, settings.erase_fill, generator)
+    return augmented
 
 
 def flip_and_crop(images: Tensor, flip: float, pad: int, generator: torch.Generator) -> Tensor:
@@ -69,32 +72,48 @@ def flip_and_crop(images: Tensor, flip: float, pad: int, generator: torch.Genera
     Args:
         images: [B, C, H, W] of any dtype.
     """
-    batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
+    if batch == 0:
+        return images.clone()
     device = images.device
     flipped = _uniform(batch, generator, device) < flip
     # Offsets of the crop inside the padded image, each of the 2 * pad + 1 equally likely.
     top = torch.randint(0, 2 * pad + 1, (batch, 1), generator=generator, device=device)
     left = torch.randint(0, 2 * pad + 1, (batch, 1), generator=generator, device=device)
-    rows = torch.arange(height, device=device) + top - pad
-    columns = torch.arange(width, device=device) + left - pad
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    columns = torch.where(flipped[:, None], width - 1 - columns, columns)
-    source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    flat = images.flatten(2)
-    moved = flat.gather(2, source.flatten(1)[:, None, :].expand_as(flat)).view_as(images)
-    return moved * inside[:, None]
+    tall, wide = height + 2 * pad, width + 2 * pad
+    padded = images.new_zeros(batch, 2, channels, tall, wide)  # each image beside its mirror image
+    inner = padded[..., pad : pad + height, pad : pad + width]
+    inner[:, 0], inner[:, 1] = images, images.flip(3)
+    # A crop is a set of runs of `width` pixels: whole runs are copied, many times faster than pixel by pixel.
+    runs = padded.flatten().unfold(0, width, 1)
+    image = 2 * torch.arange(batch, device=device)[:, None] + flipped[:, None]
+    plane = image * channels + torch.arange(channels, device=device)
+    row = plane[:, :, None] * tall + top[:, :, None] + torch.arange(height, device=device)
+    starts = row * wide + left[:, :, None]
+    return runs.index_select(0, starts.flatten()).view_as(images)
 
 
-def random_erase(images: Tensor, probability: float, fill: str, generator: torch.Generator) -> Tensor:
+def random_erase_(images: Tensor, probability: float, fill: str, generator: torch.Generator) -> None:
     """Fills one random rectangle of some images (Zhong et al., "Random Erasing Data Augmentation", AAAI 2020).
 
     Up to ERASE_TRIES rectangles of random area and aspect are tried; the first that fits inside the image is used,
     and an image that none fits stays whole.
 
     Args:
-        images: [B, C, H, W] float, normalised.
+        images: [B, C, H, W] float, normalised; changed in place.
         fill: "noise" draws each pixel from N(0, 1), "mean" writes 0, the mean of a normalised image.
     """
+    if probability == 0:
+        return
+    boxes = _draw_boxes(images, probability, generator)
+    if images.is_cuda:
+        _fill_masked(images, boxes, fill, generator)
+    else:
+        _fill_each(images, boxes, fill, generator)
+
+
+def _draw_boxes(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """[B, 4] int64: top, left, height and width of what is erased; 0 x 0 where nothing is."""
     batch, _, height, width = images.shape
     device = images.device
     chosen = _uniform(batch, generator, device) < probability
@@ -108,15 +127,33 @@ def random_erase(images: Tensor, probability: float, fill: str, generator: torch
     box_height, box_width = heights.gather(1, first), widths.gather(1, first)
     top = (_uniform((batch, 1), generator, device) * (height - box_height + 1)).long()
     left = (_uniform((batch, 1), generator, device) * (width - box_width + 1)).long()
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-    in_rows = (rows >= top) & (rows < top + box_height)
-    in_columns = (columns >= left) & (columns < left + box_width)
-    erased = in_rows[:, :, None] & in_columns[:, None, :] & (chosen & fits.any(dim=1))[:, None, None]
+    return torch.cat((top, left, box_height, box_width), dim=1) * (chosen & fits.any(dim=1))[:, None]
+
+
+def _fill_masked(images: Tensor, boxes: Tensor, fill: str, generator: torch.Generator) -> None:
+    """Fills all boxes at once, with noise drawn for every pixel: to draw less, the host would wait for the boxes."""
+    device = images.device
+    rows, columns = torch.arange(images.shape[2], device=device), torch.arange(images.shape[3], device=device)
+    top, left, height, width = boxes.split(1, dim=1)
+    in_rows, in_columns = (rows >= top) & (rows < top + height), (columns >= left) & (columns < left + width)
+    erased = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
     if fill == "noise":
-        filling = torch.randn(images.shape, generator=generator, device=device)
+        noise = torch.randn(images.shape, generator=generator, device=device)
+        torch.where(erased, noise, images, out=images)
     else:
-        filling = torch.zeros((), device=device)
-    return torch.where(erased[:, None], filling, images)
+        images.masked_fill_(erased, 0.0)
+
+
+def _fill_each(images: Tensor, boxes: Tensor, fill: str, generator: torch.Generator) -> None:
+    """Fills box by box, with noise drawn for their pixels alone: on a processor noise is the dearest part."""
+    for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+        if height == 0:
+            continue
+        box = image[:, top : top + height, left : left + width]
+        if fill == "noise":
+            box.copy_(torch.randn(box.shape, generator=generator))
+        else:
+            box.zero_()
 
 
 def _uniform(shape: int | tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:

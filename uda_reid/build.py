@@ -20,26 +20,36 @@ from uda_reid.engine.checkpoint import Checkpoint, save_checkpoint
 from uda_reid.engine.evaluate import evaluate
 from uda_reid.engine.feature_bank import Encode, camera_indices
 from uda_reid.engine.pretrain import make_source_system, pretrain
+from uda_reid.engine.progress import Progress
 from uda_reid.engine.run import Run
+from uda_reid.engine.run_state import RunStates
+from uda_reid.engine.team import Team
 from uda_reid.errors import UserError
 from uda_reid.models.reid_model import ReIDModel
-from uda_reid.networks import Trained, descriptor_of, load_source_model, make_lf2, make_model
+from uda_reid.networks import Trained, cameras_known_in, descriptor_of, load_source_model, make_lf2, make_model
 from uda_reid.recipe import Recipe, dump_recipe
 from uda_reid.report.console import Reporter
-from uda_reid.report.run_log import RunLog
 from uda_reid.synthetic import DOMAINS, write_domain
 
 Summary = dict[str, Any]
 
 
-def open_data(key: str, root: Path, *, labelled_train: bool, reporter: Reporter) -> ReIDDataset:
-    """Reads the data set of a key or folder, rendering an embedded domain on its first use, and says what to know."""
+def open_data(
+    key: str, root: Path, *, labelled_train: bool, reporter: Reporter, team: Team | None = None
+) -> ReIDDataset:
+    """Reads the data set of a key or folder, rendering an embedded domain on its first use, and says what to know.
+
+    Args:
+        team: the processes that all open it.
+    """
+    team = team or Team()
     if key in DOMAINS:
         folder = root / "synthetic" / key
-        if not folder.is_dir():
+        if team.leads and not folder.is_dir():
             reporter.say(f"Rendering the embedded domain {key} into {folder} (once).")
             with reporter.progress(f"rendering {key}") as advance:
                 write_domain(key, folder, workers=os.cpu_count() or 1, on_progress=advance)
+        team.wait()
         dataset = read_market1501(folder, key, labelled_train=labelled_train)
     else:
         dataset = open_dataset(key, root, labelled_train=labelled_train, embedded=tuple(DOMAINS))
@@ -55,19 +65,38 @@ def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSett
         store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance)
     run.reporter.say(f"{title}: {store.describe()}")
     cameras = camera_indices(records.camera_ids, known_cameras).to(run.device)
-    return ImageSet(store.images, cameras, images)
+    return ImageSet(store.images, cameras, images, records.paths)
+
+
+def open_progress(run: Run) -> Progress:
+    """Where the run stands: at its start, or at the newest whole state in the folder of a run that goes on."""
+    if run.log is None:
+        return Progress()
+    states = RunStates(run.log.folder, run.reporter.warn)
+    found = states.newest() if run.log.goes_on else None
+    run.team.wait()  # until all have read, before the leader writes
+    progress = Progress(states if run.log.writes else None, run.training.checkpoint_minutes, found)
+    if found is not None:
+        run.log.restart(progress.rows)
+        run.reporter.say(f"Going on from {found.path}: epoch {progress.epoch + 1}, step {progress.step + 1}.")
+    elif run.log.goes_on:
+        run.log.restart([])
+        run.reporter.say(f"{run.log.folder} holds no saved state yet, so it begins at its start.")
+    return progress
 
 
 def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
     """Trains on a labelled source, keeps the checkpoint, and measures it on the source's own test split."""
     started = perf_counter()
+    run = replace(run, training=recipe.training)
+    progress = open_progress(run)
     cameras = tuple(int(c) for c in np.unique(source.train.camera_ids))
     known = cameras if recipe.model.transformer.camera_embedding else ()
     identities, labels = np.unique(source.train.person_ids, return_inverse=True)
     model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True)
     system = make_source_system(model, len(identities), recipe.pretrain)
     data = load_set(source.train, known, recipe.images, run, f"decoding {source.name}")
-    rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run)
+    rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run, progress)
     facts = {
         "kind": "pretrain",
         "recipe": dump_recipe(recipe),
@@ -75,27 +104,34 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
         "cameras": list(cameras),
         "classes": len(identities),
     }
-    if run.log is not None:
+    if run.log is not None and run.log.writes:
         save_checkpoint(run.log.checkpoint, {"model": model}, facts)
     model.eval()
     test = _measure(descriptor_of(model), source.test, known, recipe, run, f"testing on {source.name}")
     if test is not None:
         run.reporter.metrics(f"{source.name}, supervised", {"source model": test})
-    return _summary(run, started, {"command": "pretrain", "source": source.name, "test": test, "epochs": rows})
+    summary = _summary(run, started, {"command": "pretrain", "source": source.name, "test": test, "epochs": rows})
+    progress.finish()
+    return summary
 
 
 def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDataset, run: Run) -> Summary:
     """Adapts a source model to a target whose identities are not read, and measures it before and after."""
     started = perf_counter()
+    run = replace(run, training=recipe.training)
     facts = init.facts
-    known = tuple(facts["cameras"]) if target.name == facts["source"] else ()
-    before = _measure(descriptor_of(model), target.test, known, recipe, run, "testing the source model")
+    known = cameras_known_in(target.name, facts)
     if len(target.train) < 2:
         raise UserError(f"{target.folder} holds {len(target.train)} training images; at least 2 are needed to adapt.")
+    progress = open_progress(run)
+    if "before" not in progress.facts:
+        test = _measure(descriptor_of(model), target.test, known, recipe, run, "testing the source model")
+        progress.facts["before"] = test
+    before = progress.facts["before"]
     system = make_lf2(recipe, model, run)
     data = load_set(in_content_order(target.train), known, recipe.images, run, f"decoding {target.name}")
-    rows = adapt(system, data, recipe.adapt, run)
-    if run.log is not None:
+    rows = adapt(system, data, recipe.adapt, run, progress)
+    if run.log is not None and run.log.writes:
         networks = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}
         modules = {name: network for name, network in networks.items() if network is not None}
         new_facts = {**facts, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}
@@ -115,7 +151,9 @@ def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDa
         "sat_out": {level: [row["epoch"] for row in rows if level in row["sat_out"]] for level in sat_out},
         "epochs": rows,
     }
-    return _summary(run, started, result)
+    summary = _summary(run, started, result)
+    progress.finish()
+    return summary
 
 
 def run_evaluate(trained: Trained, target: ReIDDataset, run: Run, *, rerank: bool) -> Summary:
@@ -127,10 +165,10 @@ def run_evaluate(trained: Trained, target: ReIDDataset, run: Run, *, rerank: boo
     started = perf_counter()
     if target.test is None:
         raise UserError(f"{target.folder} has no labelled test split (query/ and bounding_box_test/) to evaluate on.")
-    known = trained.cameras_known_in(target.name)
+    known = cameras_known_in(target.name, trained.facts)
     metrics = _measure(trained.encode, target.test, known, trained.recipe, run, f"testing on {target.name}", rerank)
     assert metrics is not None
-    origin = trained.source if trained.target is None else f"{trained.source} -> {trained.target}"
+    origin = " -> ".join(trained.facts[key] for key in ("source", "target") if key in trained.facts)
     run.reporter.metrics(f"{target.name}{', re-ranked' if rerank else ''}", {origin: metrics})
     result = {"command": "evaluate", "target": target.name, "model": origin, "rerank": rerank, **metrics}
     if run.log is not None:
@@ -142,14 +180,18 @@ def run_demo(recipe: Recipe, source: ReIDDataset, target: ReIDDataset, run: Run)
     """Pre-trains and adapts with one recipe; each half is a run of its own inside the run's folder."""
     assert run.log is not None
     started = perf_counter()
-    run.reporter.say(f"1. Pre-training on {source.name}, with its labels.")
-    first_log = RunLog(run.log.folder / "pretrain")
-    first_log.write_recipe(dump_recipe(recipe))
-    run_pretrain(recipe, source, replace(run, log=first_log))
+    first, second = (replace(run, log=run.log.part(name)) for name in ("pretrain", "adapt"))
+    assert first.log is not None
+    assert second.log is not None
+    for half in (first.log, second.log):
+        half.write_recipe(dump_recipe(recipe))
+    if first.log.summary() is None:
+        run.reporter.say(f"1. Pre-training on {source.name}, with its labels.")
+        run_pretrain(recipe, source, first)
+        run.team.wait()  # for the checkpoint
     run.reporter.say(f"2. Adapting to {target.name}, whose labels are not read.")
-    second = replace(run, log=RunLog(run.log.folder / "adapt"))
-    model, checkpoint, _ = load_source_model(first_log.checkpoint, run)
-    adapted = run_adapt(recipe, model, checkpoint, target, second)
+    model, checkpoint, _ = load_source_model(first.log.checkpoint, run)
+    adapted = second.log.summary() or run_adapt(recipe, model, checkpoint, target, second)
     result = {"command": "demo", "source_only": adapted["before"], "adapted": adapted["after"]}
     return _summary(run, started, result)
 

@@ -1,7 +1,9 @@
 """Networks from recipes and from checkpoints."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from uda_reid.engine.checkpoint import Checkpoint, load_section, read_checkpoint
 from uda_reid.engine.cross_step import make_cross_instance
 from uda_reid.engine.feature_bank import Encode
 from uda_reid.engine.lf2_step import LF2System
+from uda_reid.engine.prepare import compile_network, prepare_network
 from uda_reid.engine.run import Run, seed_at
 from uda_reid.errors import UserError
 from uda_reid.models.attention_resnet import SamIbn
@@ -94,17 +97,19 @@ def _make_vit(recipe: Recipe, cameras: int, pretrained: bool) -> VitTrunk:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model from a checkpoint: its recipe, what gives its descriptor, and what it was trained on."""
+    """A model from a checkpoint: its recipe, what gives its descriptor, and what the checkpoint says of it."""
 
     recipe: Recipe
     encode: Encode
-    source: str
-    target: str | None
-    cameras: tuple[int, ...]
+    facts: dict[str, Any]
 
-    def cameras_known_in(self, dataset: str) -> tuple[int, ...]:
-        """Camera 1 of another data set is another camera, so ids only count where they were trained."""
-        return self.cameras if dataset == self.source else ()
+
+def cameras_known_in(dataset: str, facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The cameras of a data set that a checkpoint's model knows by their ids.
+
+    Camera 1 of another data set is another camera, so ids only count where they were trained.
+    """
+    return tuple(facts["cameras"]) if dataset == facts["source"] else ()
 
 
 def load_source_model(path: Path, run: Run, overrides: tuple[str, ...] = ()) -> tuple[ReIDModel, Checkpoint, Recipe]:
@@ -138,7 +143,7 @@ def load_trained(path: Path, run: Run, overrides: tuple[str, ...] = ()) -> Train
         teacher = PartReIDModel(model, recipe.adapt.parts)
         load_section(teacher, checkpoint, "teacher")
         encode = descriptor_of(teacher.to(run.device).eval())
-    return Trained(recipe, encode, facts["source"], facts.get("target"), tuple(facts["cameras"]))
+    return Trained(recipe, encode, facts)
 
 
 def descriptor_of(model: ReIDModel | PartReIDModel) -> Encode:
@@ -154,12 +159,16 @@ def make_lf2(recipe: Recipe, model: ReIDModel, run: Run) -> LF2System:
     """The networks of the adaptation around a source model; the parts and what only training needs start at random."""
     settings = recipe.adapt
     torch.manual_seed(seed_at(run.seed, 1))
-    student = PartReIDModel(model, settings.parts).to(run.device)
+    student = PartReIDModel(model, settings.parts)
+    prepare_network(student, run)
     teacher = make_teacher(student, alpha=settings.teacher_momentum) if settings.teacher else None
     fusion = None
     if settings.fusion_module and settings.parts:
-        fusion = FusionModules(model.map_channels, settings.parts, settings.reduction).to(run.device)
+        fusion = FusionModules(model.map_channels, settings.parts, settings.reduction)
+        prepare_network(fusion, run)
     cross = make_cross_instance(model, settings.cross_instance)
+    for network in (student, teacher.module) if teacher is not None else (student,):
+        compile_network(network, run)
     return LF2System(student, teacher, fusion, cross.to(run.device) if cross is not None else None)
 
 

@@ -19,6 +19,7 @@ from uda_reid.data.image_store import ImageSettings
 from uda_reid.engine.adapt import AdaptSettings
 from uda_reid.engine.evaluate import EvaluateSettings
 from uda_reid.engine.pretrain import PretrainSettings
+from uda_reid.engine.run import TrainingSettings
 from uda_reid.errors import UserError
 
 BACKBONES = ("fusion_reid", "sam_ibn", "cnn", "vit")
@@ -106,6 +107,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
 
 

@@ -14,9 +14,10 @@ from uda_reid.build import load_set, open_data
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.image_store import in_content_order
-from uda_reid.engine import adapt as adapt_module
-from uda_reid.engine.adapt import adapt, cluster_levels
+from uda_reid.engine import pseudo_levels
+from uda_reid.engine.adapt import adapt
 from uda_reid.engine.lf2_step import LF2System, level_names
+from uda_reid.engine.pseudo_levels import cluster_levels
 from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run
 from uda_reid.networks import make_lf2, make_model
@@ -124,7 +125,7 @@ def test_a_level_without_clusters_sits_out_and_the_rest_goes_on(
 ) -> None:
     output = StringIO()
     run = Run(torch.device("cpu"), 0, Reporter(output))
-    real, calls = adapt_module.pseudo_labels, []
+    real, calls = pseudo_levels.pseudo_labels, []
 
     def none_for_upper(bank: Tensor, *arguments: object, **keywords: object) -> PseudoLabels:
         found = real(bank, *arguments, **keywords)
@@ -133,7 +134,7 @@ def test_a_level_without_clusters_sits_out_and_the_rest_goes_on(
             return PseudoLabels(torch.full_like(found.labels, -1), 0, found.seconds)
         return found
 
-    monkeypatch.setattr(adapt_module, "pseudo_labels", none_for_upper)
+    monkeypatch.setattr(pseudo_levels, "pseudo_labels", none_for_upper)
     rows = adapt(
         system_for(tiny_recipe, run), target_images("station", tiny_root, tiny_recipe, run), tiny_recipe.adapt, run
     )
@@ -163,7 +164,7 @@ def test_levels_are_clustered_from_their_own_banks(tiny_recipe: Recipe, run: Run
     bank = torch.nn.functional.normalize(
         centres.repeat_interleave(10, dim=0) + 0.01 * torch.randn(30, 16, generator=generator), dim=1
     )
-    labels = cluster_levels({"global": bank, "upper": bank[:20]}, 0, tiny_recipe.adapt, run)
+    labels = cluster_levels({"global": bank, "upper": bank[:20]}, 30, 0, tiny_recipe.adapt.cluster, run)
     assert labels["global"].clusters == 3
     assert labels["upper"].clusters == 2
 

@@ -89,8 +89,9 @@ def test_a_write_that_fails_leaves_the_old_file(moment: str, tmp_path: Path, mon
         monkeypatch.setattr(module, "save_file", half)
     else:
         monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"could not be written \(disk full\); make room and go on with --resume"):
         save_checkpoint(path, {"m": net(2)}, {"epoch": 2})
+    assert os.listdir(tmp_path) == [path.name]
     monkeypatch.undo()
     read = read_checkpoint(path)
     assert read.facts == {"epoch": 1}

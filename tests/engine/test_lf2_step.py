@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from uda_reid.engine.lf2_step import GLOBAL, LF2System, level_names, lf2_losses, loss_names
+from uda_reid.engine.lf2_step import GLOBAL, LF2Forward, LF2System, level_names, lf2_losses, loss_names
 from uda_reid.models.ema_teacher import make_teacher
 from uda_reid.models.fusion_reid import FusionReID
 from uda_reid.models.part_fusion import FusionModule, FusionModules, PartReIDModel
@@ -62,7 +62,10 @@ def losses_of(
     system: LF2System, classifier: Classifiers | None, levels: tuple[str, ...], part_weight: float = 0.5
 ) -> dict[str, Tensor]:
     images, cameras, labels = batch_of(levels)
-    return lf2_losses(system, classifier, images, cameras, labels, smoothing=0.1, part_weight=part_weight)
+    ends = torch.tensor([len(own) for own in labels.values()]).cumsum(0).tolist()
+    places = {level: slice(end - len(own), end) for end, (level, own) in zip(ends, labels.items(), strict=True)}
+    features = LF2Forward(system, with_map=False)(images, cameras, places)
+    return lf2_losses(system, classifier, features, labels, smoothing=0.1, part_weight=part_weight)
 
 
 # --- the reference ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Supervised losses against loops, the optimiser step, and the means of an epoch."""
+"""Supervised losses against loops, and steps that leave no trace where they are not finite."""
 
 import math
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from uda_reid.engine.train_step import LossMeter, optimise, supervised_losses
-from uda_reid.errors import UserError
-from uda_reid.models.reid_model import Classifiers, ReIDOutput
+from uda_reid.engine.team import Team
+from uda_reid.engine.train_step import Descent, supervised_losses
+from uda_reid.models.reid_model import Classifiers
 
 
 def looped_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> float:
@@ -44,7 +44,7 @@ def test_losses_are_the_sum_over_outputs_of_both_formulas(labels: list[int], smo
     classifiers = Classifiers(widths, 5).double()
     for head in classifiers.parameters():
         nn.init.normal_(head)
-    losses = supervised_losses(ReIDOutput(embeddings, bn_embeddings, ()), classifiers, targets, smoothing=smoothing)
+    losses = supervised_losses(embeddings, bn_embeddings, classifiers, targets, smoothing=smoothing)
     assert set(losses) == {"cross_entropy", "triplet"}
     expected = 0.0
     for features, head in zip(bn_embeddings, classifiers.heads, strict=True):
@@ -53,46 +53,65 @@ def test_losses_are_the_sum_over_outputs_of_both_formulas(labels: list[int], smo
     assert losses["triplet"].item() == pytest.approx(sum(looped_triplet(e, targets) for e in embeddings), rel=1e-9)
 
 
+class Net(nn.Module):
+    """A layer and a norm whose statistics move with every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.norm(self.layer(rows))
+
+
 def test_a_step_goes_down_the_gradient_of_the_sum_for_every_optimiser() -> None:
     first, second = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([3.0]))
     first.grad, second.grad = torch.full((2,), 100.0), torch.full((1,), 100.0)  # of a step before, to be forgotten
-    optimisers = [torch.optim.SGD([first], lr=0.1), torch.optim.SGD([second], lr=0.5)]
-    losses = {"a": (first**2).sum(), "b": (first * second).sum() * 0.5}
-    optimise(losses, iter(optimisers))
+    optimisers = [torch.optim.SGD([first], lr=0.1, fused=True), torch.optim.SGD([second], lr=0.5, fused=True)]
+    descent = Descent([], [], optimisers, Team())
+    descent.begin()
+    skipped = descent.step({"a": (first**2).sum(), "b": (first * second).sum() * 0.5})
+    assert skipped == 0
     # d/d first = 2 first + second / 2 and d/d second = sum(first) / 2
     assert first.tolist() == pytest.approx([1 - 0.1 * (2 + 1.5), 2 - 0.1 * (4 + 1.5)])
     assert second.tolist() == pytest.approx([3 - 0.5 * 1.5])
 
 
-def test_the_meter_gives_means_over_all_steps() -> None:
-    meter = LossMeter()
-    steps = [{"a": 1.0, "b": 10.0}, {"a": 2.0}, {"a": 6.0, "b": 20.0}]
-    for step in steps:
-        meter.add({name: torch.tensor(value, requires_grad=True) * 1 for name, value in step.items()})
-    assert meter.means(("a", "b", "c"), "epoch 1") == {"a": 3.0, "b": 10.0, "c": 0.0}
+OPTIMISERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.1, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+}
 
 
-def test_the_meter_holds_no_graph_and_loses_no_digits() -> None:
-    meter = LossMeter()
-    meter.add({"a": torch.tensor(2.0**24, requires_grad=True) * 1})
-    for _ in range(4):
-        meter.add({"a": torch.tensor(1.0)})  # each lost beside 2^24 in float32
-    assert meter.means(("a",), "epoch 1")["a"] == (2.0**24 + 4) / 5
+def stepped(name: str, batches: list[Tensor], poison: str) -> tuple[Net, nn.Linear, list[float]]:
+    """Steps over batches; `poison` says where a batch that holds NaN is felt: in the loss, or in a gradient alone."""
+    torch.manual_seed(0)
+    net, head = Net(), nn.Linear(4, 2)
+    descent = Descent([net], [head], [OPTIMISERS[name]([*net.parameters(), *head.parameters()])], Team())
+    skipped = []
+    for batch in batches:
+        descent.begin()
+        bad = bool(batch.isnan().any())
+        value = head(net(torch.zeros_like(batch) if bad and poison == "gradient" else batch)).square().mean()
+        if bad and poison == "gradient":
+            value = value + (head.weight.sum() * 0).sqrt() * 0  # finite, with a slope that is not
+        skipped.append(float(descent.step({"loss": value})))
+    return net, head, skipped
 
 
-def test_a_meter_without_steps_is_zero() -> None:
-    assert LossMeter().means(("a",), "epoch 1") == {"a": 0.0}
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_not_finite_is_one_sentence(bad: float) -> None:
-    meter = LossMeter()
-    for value in (1.0, bad, 1.0):
-        meter.add({"fine": torch.tensor(1.0), "triplet": torch.tensor(value)})
-    with pytest.raises(UserError) as error:
-        meter.means(("fine", "triplet"), "epoch 3 of pre-training")
-    text = str(error.value)
-    assert "triplet" in text
-    assert "epoch 3 of pre-training" in text
-    assert "optim.learning_rate" in text
-    assert text.endswith(".")
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_that_is_not_finite_leaves_no_trace(name: str, poison: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    good = [torch.randn(6, 3, generator=generator) for _ in range(4)]
+    bad = torch.full((6, 3), math.nan)
+    net, head, skipped = stepped(name, [good[0], good[1], bad, bad, good[2], good[3]], poison)
+    expected_net, expected_head, none = stepped(name, good, poison)
+    assert skipped == [0, 0, 1, 1, 0, 0]
+    assert none == [0, 0, 0, 0]
+    for module, expected in ((net, expected_net), (head, expected_head)):
+        for key, tensor in module.state_dict().items():
+            if "num_batches" not in key:
+                assert torch.equal(tensor, expected.state_dict()[key]), key

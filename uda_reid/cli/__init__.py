@@ -50,12 +50,20 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
+        from uda_reid.engine.team import is_lost_process
         from uda_reid.retrieval.checks import FeatureError
 
         try:
             return super().invoke(ctx)
         except (UserError, FeatureError) as error:
             raise SentenceError(str(error)) from error
+        except RuntimeError as error:
+            if not is_lost_process(error):
+                raise
+            raise SentenceError(
+                f"Another process of this run is gone, so this one stops ({str(error).splitlines()[0]}); see what that "
+                "one said, and go on with --resume."
+            ) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

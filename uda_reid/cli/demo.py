@@ -6,16 +6,16 @@ import click
 
 from uda_reid.build import open_data, run_demo
 from uda_reid.cli.options import (
-    bare_run,
     data_root_option,
-    keep_recipe,
+    join_run,
+    open_run,
     recipe_option,
+    resume_option,
     run_options,
     set_option,
-    start_run,
 )
+from uda_reid.cli.task import Task, is_finished, stored_task
 from uda_reid.recipe import load_recipe
-from uda_reid.report.console import Reporter
 
 SOURCE, TARGET = "plaza", "station"
 
@@ -25,18 +25,33 @@ SOURCE, TARGET = "plaza", "station"
 @recipe_option
 @set_option
 @run_options
+@resume_option
+@click.pass_context
 def demo(
-    data_root: Path, recipe_name: str | None, overrides: tuple[str, ...], out: Path | None, seed: int, device: str
+    context: click.Context,
+    data_root: Path,
+    recipe_name: str | None,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    seed: int,
+    device: str,
+    resume: Path | None,
 ) -> None:
     """Pre-train on plaza, adapt to station without its labels, and see what it brought.
 
     Both domains are rendered on first use; nothing is downloaded. A few minutes on two processor cores.
     """
-    reporter = Reporter()
-    recipe = load_recipe(recipe_name or "demo", overrides)
-    bare = bare_run(seed, device, reporter)
-    source = open_data(SOURCE, data_root, labelled_train=True, reporter=reporter)
-    target = open_data(TARGET, data_root, labelled_train=False, reporter=reporter)
-    run = start_run(bare, out, "demo")
-    keep_recipe(run, recipe)
-    run_demo(recipe, source, target, run)
+    if resume is not None:
+        task, recipe = stored_task(resume, "demo", context)
+        bare = join_run(task.seed, task.device)
+        if is_finished(resume):
+            bare.reporter.say(f"{resume} is finished; there is nothing to resume.")
+            return
+    else:
+        bare = join_run(seed, device)
+        recipe = load_recipe(recipe_name or "demo", overrides)
+        task = Task("demo", "", str(data_root), seed, device)
+    root, reporter, team = Path(task.data_root), bare.reporter, bare.team
+    source = open_data(SOURCE, root, labelled_train=True, reporter=reporter, team=team)
+    target = open_data(TARGET, root, labelled_train=False, reporter=reporter, team=team)
+    run_demo(recipe, source, target, open_run(bare, task, recipe, out, resume))

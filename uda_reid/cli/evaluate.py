@@ -6,9 +6,8 @@ import click
 
 from uda_reid.build import open_data, run_evaluate
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
-from uda_reid.cli.options import RUNS, bare_run, data_root_option, keep_recipe, run_options, set_option, start_run
+from uda_reid.cli.options import RUNS, data_root_option, join_run, keep_recipe, run_options, set_option, start_run
 from uda_reid.networks import load_trained
-from uda_reid.report.console import Reporter
 
 
 @click.command()
@@ -33,12 +32,12 @@ def evaluate(
     device: str,
 ) -> None:
     """Measure a trained model: mAP, Rank-1/5/10 and mINP by the Market-1501 protocol."""
-    reporter = Reporter()
+    bare = join_run(seed, device)
+    reporter = bare.reporter
     path = checkpoint_of(checkpoint) if checkpoint is not None else newest_checkpoint(RUNS, ("pretrain", "adapt"))
     reporter.say(f"Measuring {path}{'' if checkpoint is not None else ' (the newest run)'}.")
-    bare = bare_run(seed, device, reporter)
     trained = load_trained(path, bare, overrides)
-    dataset = open_data(target, data_root, labelled_train=False, reporter=reporter)
+    dataset = open_data(target, data_root, labelled_train=False, reporter=reporter, team=bare.team)
     run = start_run(bare, out, f"evaluate-{target}")
     keep_recipe(run, trained.recipe)
     run_evaluate(trained, dataset, run, rerank=rerank)

@@ -4,12 +4,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from uda_reid.cli.task import Task
 from uda_reid.engine.run import Run, pick_device
+from uda_reid.engine.team import team_from_environment
 from uda_reid.recipe import Recipe, dump_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import RunLog
@@ -61,16 +64,43 @@ def default_recipe(dataset: str, otherwise: str) -> str:
     return "demo" if dataset in DOMAINS else otherwise
 
 
-def bare_run(seed: int, device: str, reporter: Reporter) -> Run:
-    """A run that keeps nothing yet, for all that can go wrong before a folder is made."""
-    return Run(pick_device(device), seed, reporter)
+def resume_option(function: F) -> F:
+    """--resume."""
+    return click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        metavar="RUN",
+        help="Go on with a run that was stopped, from its last saved state; takes no other option than --device.",
+    )(function)
 
 
-def start_run(run: Run, out: Path | None, title: str) -> Run:
-    """Opens the run's folder and says where everything goes."""
-    folder = out if out is not None else _new_folder(title)
-    started = replace(run, log=RunLog(folder))
-    run.reporter.say(f"Writing to {folder}; computing on {run.device}, seed {run.seed}.")
+def join_run(seed: int, device: str) -> Run:
+    """A run that keeps nothing yet, for all that can go wrong before a folder is made.
+
+    Under torchrun it is one of several processes, of which the first alone prints.
+    """
+    team, place = team_from_environment(pick_device(device))
+    reporter = Reporter() if team.leads else Reporter(StringIO())
+    return Run(place, seed, reporter, team=team)
+
+
+def open_run(run: Run, task: Task, recipe: Recipe, out: Path | None, resume: Path | None) -> Run:
+    """Opens the run's folder, new or old, and says where everything goes."""
+    title = f"{task.command}-{task.data}".strip("-")
+    started = start_run(replace(run, seed=task.seed), resume or out, title, goes_on=resume is not None)
+    if resume is None:
+        task.keep(started, dump_recipe(recipe))
+    return started
+
+
+def start_run(run: Run, out: Path | None, title: str, *, goes_on: bool = False) -> Run:
+    """Opens a folder for the run, the same one in all processes."""
+    chosen = out if out is not None else _new_folder(title)
+    folder = Path(run.team.tell(str(chosen), run.device))
+    started = replace(run, log=RunLog(folder, writes=run.team.leads, goes_on=goes_on))
+    run.team.wait()
+    together = f" in {run.team.size} processes" * (run.team.size > 1)
+    run.reporter.say(f"Writing to {folder}; computing on {run.device}{together}, seed {run.seed}.")
     return started
 
 

@@ -6,44 +6,56 @@ import click
 
 from uda_reid.build import open_data, run_pretrain
 from uda_reid.cli.options import (
-    bare_run,
     data_root_option,
     default_recipe,
-    keep_recipe,
+    join_run,
+    open_run,
     recipe_option,
+    resume_option,
     run_options,
     set_option,
-    start_run,
 )
+from uda_reid.cli.task import Task, is_finished, stored_task
 from uda_reid.recipe import load_recipe
-from uda_reid.report.console import Reporter
 
 
 @click.command()
-@click.option("--source", required=True, metavar="DATA", help="Labelled data set: a key, a domain or a folder.")
+@click.option("--source", metavar="DATA", help="Labelled data set: a key, a domain or a folder.")
 @data_root_option
 @recipe_option
 @set_option
 @run_options
+@resume_option
+@click.pass_context
 def pretrain(
-    source: str,
+    context: click.Context,
+    source: str | None,
     data_root: Path,
     recipe_name: str | None,
     overrides: tuple[str, ...],
     out: Path | None,
     seed: int,
     device: str,
+    resume: Path | None,
 ) -> None:
     """Train a source model on a labelled data set and measure it on the set's own test split.
 
     The result is OUT/checkpoint.safetensors; `adapt` goes on from it.
     """
-    reporter = Reporter()
-    name = recipe_name or default_recipe(source, "fusionreid")
-    recipe = load_recipe(name, overrides)
-    reporter.say(f"Recipe {name}{'' if recipe_name else ' (the default here)'}: {recipe.description}")
-    bare = bare_run(seed, device, reporter)
-    dataset = open_data(source, data_root, labelled_train=True, reporter=reporter)
-    run = start_run(bare, out, f"pretrain-{source}")
-    keep_recipe(run, recipe)
+    if resume is not None:
+        task, recipe = stored_task(resume, "pretrain", context)
+        bare = join_run(task.seed, task.device)
+        if is_finished(resume):
+            bare.reporter.say(f"{resume} is finished; there is nothing to resume.")
+            return
+    elif source is not None:
+        bare = join_run(seed, device)
+        name = recipe_name or default_recipe(source, "fusionreid")
+        recipe = load_recipe(name, overrides)
+        bare.reporter.say(f"Recipe {name}{'' if recipe_name else ' (the default here)'}: {recipe.description}")
+        task = Task("pretrain", source, str(data_root), seed, device)
+    else:
+        raise click.UsageError("Missing option '--source' (or '--resume').")
+    dataset = open_data(task.data, Path(task.data_root), labelled_train=True, reporter=bare.reporter, team=bare.team)
+    run = open_run(bare, task, recipe, out, resume)
     run_pretrain(recipe, dataset, run)

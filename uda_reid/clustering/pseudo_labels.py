@@ -203,6 +203,26 @@ def pseudo_labels(
     return PseudoLabels(labels, graph.edges, clock.seconds)
 
 
+def sharded_pseudo_labels(shard: Tensor, settings: ClusterSettings) -> PseudoLabels:
+    """`pseudo_labels` by DBSCAN, by all processes of the default group.
+
+    Args:
+        shard: [n, D] float, this process's rows, on the device to work on (see `build_sharded_graph`).
+        settings: how.
+
+    Returns:
+        The labels of the whole bank, the same on every process.
+
+    Raises:
+        FeatureError: as `build_sharded_graph`.
+    """
+    clock = Clock(shard.device)
+    graph = build_sharded_graph(shard, settings, clock)
+    labels = dbscan(graph, eps=settings.eps, min_samples=settings.min_samples).cpu()
+    clock.stop("dbscan")
+    return PseudoLabels(labels, graph.edges, clock.seconds)
+
+
 def centroids(features: Tensor, labels: Tensor) -> Tensor:
     """Mean direction of each cluster, with which a classifier over pseudo-labels starts.
 

@@ -6,29 +6,34 @@ student steps, each followed by the teacher's update. The last epoch is the resu
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from uda_reid.clustering.pseudo_labels import ClusterSettings, PseudoLabels, centroids, pseudo_labels
+from uda_reid.clustering.pseudo_labels import ClusterSettings, PseudoLabels
 from uda_reid.data.augment import AugmentSettings
 from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.cross_step import CrossInstanceSettings
-from uda_reid.engine.feature_bank import blocks_of, extract
 from uda_reid.engine.level_batches import LevelBatches
-from uda_reid.engine.lf2_step import GLOBAL, LF2System, level_names, lf2_losses, loss_names
-from uda_reid.engine.optim import OptimSettings, learning_rate_factor, make_optimiser, set_learning_rate
+from uda_reid.engine.lf2_step import GLOBAL, LF2Forward, LF2System, level_names, lf2_losses, loss_names
+from uda_reid.engine.loss_meter import LossMeter, Watch
+from uda_reid.engine.optim import OptimSettings, make_optimiser
+from uda_reid.engine.progress import Progress
+from uda_reid.engine.pseudo_levels import NECKED, can_train, classifier_from, cluster_levels, feature_banks
 from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run, seed_at
-from uda_reid.engine.train_step import LossMeter, optimise
+from uda_reid.engine.run_state import pack_module, pack_optimiser, unpack_module, unpack_optimiser
+from uda_reid.engine.steps import EpochPlan, run_steps
+from uda_reid.engine.train_step import Descent
 from uda_reid.errors import UserError
 from uda_reid.models.ema_teacher import update_teacher
 from uda_reid.models.reid_model import Classifiers
 
-NECKED = "necked"
 SAMPLING = 1_000_000  # a place that no step has: the samplers' random numbers are not those of a step
+LABELS = "labels."  # prefix of the pseudo-labels in a saved state
 
 
 @dataclass(frozen=True)
@@ -82,208 +87,204 @@ class AdaptSettings:
         if not 0 <= self.teacher_momentum < 1:
             raise UserError(f"adapt.teacher_momentum lies in [0, 1), but got {self.teacher_momentum}.")
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that these settings switch on."""
+        return (*loss_names(self.parts), *self.cross_instance.names)
 
-def adapt(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run) -> list[dict[str, Any]]:
+
+def adapt(
+    system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Adapts a source model to unlabelled images, in place; the teacher of the last epoch is the result.
 
     Args:
         target: the unlabelled target images.
+        progress: where the run stands; from its start if not given.
 
     Returns:
-        one row an epoch: clusters and outliers by level, levels that sat out, losses, steps, seconds.
+        one row an epoch: clusters and outliers by level, levels that sat out, losses, steps, skipped steps, seconds.
 
     Raises:
-        UserError: a loss became infinite or NaN.
+        UserError: steps in a row were not finite.
     """
-    optimiser = make_optimiser(system.trained(), settings.optim)
-    if settings.refresh_statistics:
-        refresh_statistics(system, target, settings.bank_batch, run)
+    loop = _Adaptation(system, target, settings, run, progress or Progress())
     run.reporter.table_header(_columns(settings))
-    rows = []
-    for epoch in range(settings.epochs):
-        started = perf_counter()
-        banks = feature_banks(system, target, settings, run)
+    for epoch in range(loop.progress.epoch, settings.epochs):
+        loop.run_epoch(epoch)
+    return loop.progress.rows
+
+
+@dataclass(frozen=True)
+class _EpochHeads:
+    """What is new in each epoch: pseudo-labels, the classifiers over them, and those classifiers' moments."""
+
+    labels: dict[str, PseudoLabels]
+    classifier: Classifiers | None
+    cross_classifiers: Classifiers | None
+    optimiser: torch.optim.Optimizer | None
+
+    def modules(self) -> dict[str, nn.Module]:
+        heads = {"classifier": self.classifier, "cross_classifiers": self.cross_classifiers}
+        return {name: head for name, head in heads.items() if head is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"{LABELS}{level}": found.labels for level, found in self.labels.items()}
+        for name, head in self.modules().items():
+            tensors |= pack_module(head, name)
+        return tensors | (pack_optimiser(self.optimiser, "head_optimiser") if self.optimiser is not None else {})
+
+
+class _Adaptation:
+    """The loop over epochs, which can begin anywhere. The optimiser lives through all of them."""
+
+    def __init__(
+        self, system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run, progress: Progress
+    ) -> None:
+        self.system, self.target, self.settings, self.run, self.progress = system, target, settings, run, progress
+        self.optimiser = make_optimiser(system.trained(), settings.optim)
+        self.watch = Watch(settings.loss_names, run.training.patience, target.files)
+        self.forward = run.team.wrapped(LF2Forward(system, with_map=system.cross is not None), some_unused=True)
+        if progress.tensors is not None:
+            for name, module in self._named().items():
+                unpack_module(module, progress.tensors, name)
+            unpack_optimiser(self.optimiser, progress.tensors, "optimiser")
+        elif settings.refresh_statistics:
+            refresh_statistics(system, target, settings.bank_batch, run)
+
+    def run_epoch(self, epoch: int) -> None:
+        first, started = self.progress.begin_epoch(epoch)
+        meter = LossMeter(self.settings.loss_names, self.run.device)
+        heads = self._restored_heads(meter) if epoch == self.progress.epoch else None
+        heads = heads or self._fresh_heads(epoch)
+
+        def save(step: int) -> None:
+            tensors = lambda: self._tensors() | heads.tensors() | {"meter": meter.sums}  # noqa: E731
+            self.progress.save_if_due(epoch, step, started, tensors)
+
+        def after(step: int) -> None:
+            if self.system.ema is not None:
+                update_teacher(self.system.ema, self.system.student, epoch * self.settings.steps + step)
+            save(step + 1)
+
+        save(first)
+        if any(can_train(found) for found in heads.labels.values()):
+            run_steps(self._plan(epoch, first, heads, meter), self.target, self.run, after)
+        self._report(epoch, heads.labels, meter, perf_counter() - started)
+
+    def _fresh_heads(self, epoch: int) -> _EpochHeads:
+        """Clusters the target anew."""
+        settings, run = self.settings, self.run
+        banks = feature_banks(self.system, self.target, batch=settings.bank_batch, mirror=settings.mirror, run=run)
         necked = banks.pop(NECKED)
-        labels = cluster_levels(banks, epoch, settings, run)
-        classifier = classifier_from(necked, labels[GLOBAL], system.student.reid.output_widths)
-        del banks, necked  # the largest arrays of the run, which the steps do not need
-        heads = classifier, cross_classifiers_for(system, labels[GLOBAL], epoch, run)
-        losses = train_epoch(epoch, system, *heads, optimiser, target, labels, settings, run)
-        rows.append(_report_epoch(epoch, labels, losses, perf_counter() - started, settings, run))
-    return rows
+        labels = cluster_levels(banks, len(self.target), epoch, settings.cluster, run)
+        classifier = classifier_from(necked, labels[GLOBAL], self.system.student.reid.output_widths, run)
+        torch.manual_seed(seed_at(run.seed, epoch, SAMPLING))
+        return self._heads(labels, classifier)
 
+    def _restored_heads(self, meter: LossMeter) -> _EpochHeads | None:
+        """The clusters of a saved state from within an epoch; None where the state is from between two."""
+        tensors = self.progress.tensors or {}
+        found = {name.removeprefix(LABELS): each for name, each in tensors.items() if name.startswith(LABELS)}
+        if not found:
+            return None
+        levels = level_names(self.settings.parts)
+        labels = {level: PseudoLabels(found[level], 0, {}) for level in levels}
+        classifier = None
+        if can_train(labels[GLOBAL]):
+            widths = self.system.student.reid.output_widths
+            classifier = Classifiers(widths, labels[GLOBAL].clusters).to(self.run.device)
+        heads = self._heads(labels, classifier)
+        for name, head in heads.modules().items():
+            unpack_module(head, tensors, name)
+        if heads.optimiser is not None:
+            unpack_optimiser(heads.optimiser, tensors, "head_optimiser")
+        meter.sums.copy_(tensors["meter"])
+        return heads
 
-def feature_banks(system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run) -> dict[str, Tensor]:
-    """Features of all N target images for each level: the teacher's global one, and the fused one of each part.
+    def _heads(self, labels: dict[str, PseudoLabels], classifier: Classifiers | None) -> _EpochHeads:
+        cross = self.system.cross if classifier is not None else None
+        cross_classifiers = None
+        if cross is not None:
+            cross_classifiers = cross.classifiers(labels[GLOBAL].clusters).to(self.run.device)
+        modules = [head for head in (classifier, cross_classifiers) if head is not None]
+        optimiser = make_optimiser(modules, self.settings.optim) if modules else None
+        return _EpochHeads(labels, classifier, cross_classifiers, optimiser)
 
-    Returns:
-        level -> [N, D] float32, L2-normalised, image and mirrored image added first; and under NECKED the global
-        embeddings after their necks, in whose space the classifier lives.
-    """
-    for network in system.trained():
-        network.eval()
+    def _plan(self, epoch: int, first: int, heads: _EpochHeads, meter: LossMeter) -> EpochPlan:
+        settings, run, system = self.settings, self.run, self.system
+        active = {level: found.labels for level, found in heads.labels.items() if can_train(found)}
+        for network in (*system.trained(), *heads.modules().values()):
+            network.train()
+        networks = [part for part in (system.student, system.fusion) if part is not None]
+        whole_batch = [*heads.modules().values(), *([system.cross] if system.cross is not None else [])]
+        optimisers = [self.optimiser, *([heads.optimiser] if heads.optimiser is not None else [])]
+        return EpochPlan(
+            epoch=epoch,
+            epochs=settings.epochs,
+            first=first,
+            steps=settings.steps,
+            batches=LevelBatches(
+                active,
+                settings.identities,
+                settings.instances,
+                shared=settings.shared_batch,
+                generators=[run.generator(epoch, SAMPLING, place) for place in range(len(active))],
+            ),
+            forward=self.forward,
+            losses=partial(
+                lf2_losses,
+                system,
+                heads.classifier,
+                smoothing=settings.label_smoothing,
+                part_weight=settings.part_weight,
+                cross_classifiers=heads.cross_classifiers,
+            ),
+            descent=Descent(networks, whole_batch, optimisers, run.team),
+            meter=meter,
+            watch=self.watch,
+            optim=settings.optim,
+            augment=settings.augment,
+        )
 
-    def encode(pixels: Tensor, cameras: Tensor) -> tuple[Tensor, ...]:
-        whole = system.teacher(pixels, cameras)
-        if not settings.parts:
-            return (whole.bn_embedding, whole.embedding)
-        local = whole if system.ema is None else system.student(pixels, cameras)
-        if system.fusion is None:
-            return (whole.bn_embedding, whole.embedding, *local.part_embeddings)
-        return (whole.bn_embedding, whole.embedding, *system.fusion(local.part_vectors, whole.feature_map))
+    def _report(self, epoch: int, labels: Mapping[str, PseudoLabels], meter: LossMeter, seconds: float) -> None:
+        """Prints and keeps the epoch's row, and saves the place after it."""
+        sat_out = [level for level, found in labels.items() if not can_train(found)]
+        row = {
+            "epoch": epoch + 1,
+            "clusters": {level: found.clusters for level, found in labels.items()},
+            "outliers": {level: found.outliers for level, found in labels.items()},
+            "sat_out": sat_out,
+            "losses": meter.means(),
+            "steps": self.settings.steps if len(sat_out) < len(labels) else 0,
+            "skipped": meter.skipped,
+            "seconds": seconds,
+        }
+        cells = [
+            f"{epoch + 1}/{self.settings.epochs}",
+            *(f"{found.clusters}/{found.outliers}" for found in labels.values()),
+            " ".join(f"{loss:.3f}" for loss in meter.means().values()),
+            str(row["steps"]),
+            f"{seconds:.1f}",
+        ]
+        self.run.reporter.table_row(cells)
+        self.run.record(row)
+        self.progress.save_epoch(epoch + 1, row, self._tensors)
 
-    banks = extract(
-        encode,
-        blocks_of(target.store),
-        target.cameras,
-        images=target.settings,
-        batch=settings.bank_batch,
-        mirror=settings.mirror,
-        run=run,
-        title="feature bank",
-    )
-    return dict(zip((NECKED, *level_names(settings.parts)), banks, strict=True))
+    def _named(self) -> dict[str, nn.Module]:
+        system = self.system
+        teacher = system.teacher if system.ema is not None else None
+        parts = {"student": system.student, "teacher": teacher, "fusion": system.fusion, "cross": system.cross}
+        return {name: module for name, module in parts.items() if module is not None}
 
-
-def cluster_levels(
-    banks: Mapping[str, Tensor], epoch: int, settings: AdaptSettings, run: Run
-) -> dict[str, PseudoLabels]:
-    """Pseudo-labels of each level; a level without two clusters to tell apart is warned of and sits the epoch out."""
-    labels = {}
-    for place, (level, bank) in enumerate(banks.items()):
-        seed = seed_at(run.seed, epoch, place)
-        labels[level] = pseudo_labels(bank, settings.cluster, device=run.device, seed=seed)
-        if not _can_train(labels[level]):
-            run.reporter.warn(
-                f"epoch {epoch + 1}: the {level} level found {labels[level].clusters} clusters among {len(bank):,} "
-                "images, where two are needed, so it sits this epoch out; raise adapt.cluster.eps if this goes on."
-            )
-    return labels
-
-
-def classifier_from(bank: Tensor, labels: PseudoLabels, widths: tuple[int, ...]) -> Classifiers | None:
-    """Classifiers whose weights are the L2-normalised centroids of the clusters; None where there are too few.
-
-    Args:
-        bank: [N, D] float, the global embeddings after their necks.
-        widths: of the outputs that are concatenated in it.
-    """
-    if not _can_train(labels):
-        return None
-    return Classifiers.from_centroids(centroids(bank, labels.labels.to(bank.device)), widths)
-
-
-def cross_classifiers_for(system: LF2System, labels: PseudoLabels, epoch: int, run: Run) -> Classifiers | None:
-    """Fresh classifiers of the X-ReID objective, where it is switched on and there are clusters to tell apart."""
-    if system.cross is None or not _can_train(labels):
-        return None
-    torch.manual_seed(seed_at(run.seed, epoch, SAMPLING))
-    return system.cross.classifiers(labels.clusters).to(run.device)
-
-
-def train_epoch(
-    epoch: int,
-    system: LF2System,
-    classifier: Classifiers | None,
-    cross_classifiers: Classifiers | None,
-    optimiser: torch.optim.Optimizer,
-    target: ImageSet,
-    labels: Mapping[str, PseudoLabels],
-    settings: AdaptSettings,
-    run: Run,
-) -> dict[str, float]:
-    """The student's steps of one epoch, each followed by the teacher's update.
-
-    The optimiser lives through all epochs; the classifier is new in each, and so are its moments.
-
-    Returns:
-        mean of each loss; 0 for those of levels that sat out.
-    """
-    active = [level for level, found in labels.items() if _can_train(found)]
-    if not active:
-        return dict.fromkeys(_loss_names(settings), 0.0)
-    heads, optimisers = [head for head in (classifier, cross_classifiers) if head is not None], [optimiser]
-    if heads:
-        optimisers.append(make_optimiser(heads, settings.optim))
-    batches = LevelBatches(
-        {level: labels[level].labels for level in active},
-        settings.identities,
-        settings.instances,
-        shared=settings.shared_batch,
-        generators=[run.generator(epoch, SAMPLING, place) for place in range(len(active))],
-    )
-    for network in (*system.trained(), *heads):
-        network.train()
-    meter = LossMeter()
-    with run.reporter.bar(f"epoch {epoch + 1}/{settings.epochs}") as advance:
-        for step in range(settings.steps):
-            factor = learning_rate_factor(epoch + step / settings.steps, settings.epochs, settings.optim)
-            for each in optimisers:
-                set_learning_rate(each, factor)
-            indices, level_labels = batches.draw()
-            generator = run.seed_step(epoch, step)
-            pixels, cameras = target.augmented(indices, settings.augment, generator, run.device)
-            with run.autocast():
-                losses = lf2_losses(
-                    system,
-                    classifier,
-                    pixels,
-                    cameras,
-                    {level: each.to(run.device) for level, each in level_labels.items()},
-                    smoothing=settings.label_smoothing,
-                    part_weight=settings.part_weight,
-                    cross_classifiers=cross_classifiers,
-                    shared_batch=settings.shared_batch,
-                )
-            optimise(losses, optimisers)
-            if system.ema is not None:
-                update_teacher(system.ema, system.student, epoch * settings.steps + step)
-            meter.add(losses)
-            advance((step + 1) * len(indices), settings.steps * len(indices))
-    return meter.means(_loss_names(settings), f"epoch {epoch + 1} of the adaptation")
-
-
-def _can_train(labels: PseudoLabels) -> bool:
-    return labels.clusters >= 2
-
-
-def _loss_names(settings: AdaptSettings) -> tuple[str, ...]:
-    return (*loss_names(settings.parts), *settings.cross_instance.names)
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that the next epoch depends on, beside its place and the seed."""
+        tensors = pack_optimiser(self.optimiser, "optimiser")
+        for name, module in self._named().items():
+            tensors |= pack_module(module, name)
+        return tensors
 
 
 def _columns(settings: AdaptSettings) -> dict[str, int]:
     levels = {f"{level} clusters/outliers": 0 for level in level_names(settings.parts)}
-    return {"epoch": 7, **levels, "losses": 7 * len(_loss_names(settings)), "steps": 5, "seconds": 7}
-
-
-def _report_epoch(
-    epoch: int,
-    labels: Mapping[str, PseudoLabels],
-    losses: Mapping[str, float],
-    seconds: float,
-    settings: AdaptSettings,
-    run: Run,
-) -> dict[str, Any]:
-    """Prints one row of the table, keeps it in the run's folder and gives it back."""
-    sat_out = [level for level, found in labels.items() if not _can_train(found)]
-    steps = settings.steps if len(sat_out) < len(labels) else 0
-    row = {
-        "epoch": epoch + 1,
-        "clusters": {level: found.clusters for level, found in labels.items()},
-        "outliers": {level: found.outliers for level, found in labels.items()},
-        "sat_out": sat_out,
-        "losses": dict(losses),
-        "steps": steps,
-        "seconds": seconds,
-    }
-    run.reporter.table_row(
-        [
-            f"{epoch + 1}/{settings.epochs}",
-            *(f"{found.clusters}/{found.outliers}" for found in labels.values()),
-            " ".join(f"{loss:.3f}" for loss in losses.values()),
-            str(steps),
-            f"{seconds:.1f}",
-        ]
-    )
-    run.record(row)
-    return row
+    return {"epoch": 7, **levels, "losses": 7 * len(settings.loss_names), "steps": 5, "seconds": 7}

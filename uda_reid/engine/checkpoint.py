@@ -38,6 +38,9 @@ def save_checkpoint(path: Path, modules: Mapping[str, nn.Module], facts: Mapping
     Args:
         modules: section -> module.
         facts: anything JSON can hold that a later command needs to build the modules again.
+
+    Raises:
+        UserError: the disk is full, or cannot be written.
     """
     tensors = {
         f"{section}.{name}": tensor.detach().cpu().contiguous()
@@ -45,10 +48,16 @@ def save_checkpoint(path: Path, modules: Mapping[str, nn.Module], facts: Mapping
         for name, tensor in module.state_dict().items()
     }
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"The checkpoint {path} could not be written ({error}); make room and go on with --resume {path.parent}."
+        ) from error
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -84,14 +84,15 @@ def _test_features(
     splits: list[Records] = [test.query, test.gallery]
     cameras = torch.cat([camera_indices(split.camera_ids, known_cameras) for split in splits])
     paths = [path for split in splits for path in split.paths]
+    share = run.team.share(len(paths))
     (features,) = extract(
         encode,
-        stream_images(paths, images),
-        cameras,
+        stream_images(paths[share], images),
+        cameras[share],
         images=images,
         batch=settings.batch,
         mirror=settings.mirror,
         run=run,
         title=title,
     )
-    return features, [len(split) for split in splits]
+    return run.team.join(features, len(paths)), [len(split) for split in splits]

@@ -44,9 +44,9 @@ def extract(
                 chunk_cameras = cameras[done : done + len(chunk)].to(run.device, non_blocking=True)
                 pixels = normalise(chunk.to(run.device, non_blocking=True), images.mean, images.std)
                 with run.autocast():
-                    features = encode(pixels, chunk_cameras)
+                    features = encode(run.laid_out(pixels), chunk_cameras)
                     if mirror:
-                        mirrored = encode(pixels.flip(3), chunk_cameras)
+                        mirrored = encode(run.laid_out(pixels.flip(3)), chunk_cameras)
                         features = tuple(a + b for a, b in zip(features, mirrored, strict=True))
                 banks.append([F.normalize(feature.float(), dim=1) for feature in features])
                 done += len(chunk)

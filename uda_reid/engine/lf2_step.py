@@ -8,6 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from uda_reid.engine.cross_step import CrossInstance
+from uda_reid.engine.team import Features
 from uda_reid.engine.train_step import Losses
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.triplet import batch_hard_soft_margin
@@ -52,17 +53,60 @@ def loss_names(parts: int) -> tuple[str, ...]:
     return ("cross_entropy", *(f"triplet_{level}" for level in level_names(parts)))
 
 
+class LF2Forward(nn.Module):
+    """What student, teacher and Fusion Modules say of a batch, image by image: all that can be shared out by rows.
+
+    Its parameters are the student's and the Fusion Modules'; the teacher is read without being a part of it.
+
+    Args:
+        system: the networks.
+        with_map: give the student's map of the global level too, for the X-ReID objective.
+    """
+
+    def __init__(self, system: LF2System, *, with_map: bool) -> None:
+        super().__init__()
+        self.student = system.student
+        self.fusion = system.fusion
+        self.system = system
+        self.with_map = with_map
+
+    def forward(self, pixels: Tensor, cameras: Tensor, places: Mapping[str, slice]) -> Features:
+        """Describe images [B, 3, H, W] float of cameras [B] int64.
+
+        Args:
+            places: where the images of each level stand in the batch; a level that sits out is absent.
+
+        Returns:
+            of the global level its embedding before and after the necks, [b, D] each (and the map [b, C, H, W]); of
+            each part the local embedding and, with Fusion Modules, the fused feature, [b, C] each.
+        """
+        output = self.student(pixels, cameras)
+        features: Features = {}
+        if GLOBAL in places:
+            said = (output.embedding, output.bn_embedding, *((output.feature_map,) if self.with_map else ()))
+            features[GLOBAL] = tuple(tensor[places[GLOBAL]] for tensor in said)
+        names = level_names(len(output.part_vectors))[1:]
+        parts = {level: part for part, level in enumerate(names) if level in places}
+        maps = _teacher_maps(self.system, pixels, cameras, output, {level: places[level] for level in parts})
+        for level, part in parts.items():
+            place = places[level]
+            features[level] = (output.part_embeddings[part][place],)
+            if self.fusion is not None:
+                average, maximum = output.part_vectors[part]
+                fused = self.fusion.parts[part]((average[place], maximum[place]), maps[level])
+                features[level] += (fused,)
+        return features
+
+
 def lf2_losses(
     system: LF2System,
     classifier: Classifiers | None,
-    pixels: Tensor,
-    cameras: Tensor,
+    features: Features,
     labels: Mapping[str, Tensor],
     *,
     smoothing: float,
     part_weight: float,
     cross_classifiers: Classifiers | None = None,
-    shared_batch: bool = False,
 ) -> Losses:
     """L = CE(global) + T(global) + w T(upper) + w T(lower), each on the batch of its own level.
 
@@ -75,51 +119,32 @@ def lf2_losses(
 
     Args:
         classifier: of the global level, one head an output; not read when that level sits out.
-        pixels: [B, 3, H, W] float, the batches of all levels in `labels` one behind the other.
-        cameras: [B] int64.
-        labels: level -> [P * K] pseudo-labels of its batch; a level that sits out is absent.
+        features: of `LF2Forward`, of whole batches.
+        labels: level -> [P * K] pseudo-labels of its batch. Where all levels share one batch, a part's may be
+            negative: nobody's positive.
         smoothing: label smoothing epsilon.
         part_weight: w.
-        cross_classifiers: of the X-ReID objective, on the global level's batch.
-        shared_batch: all levels label the same [B] images instead; a negative label is then nobody's positive.
+        cross_classifiers: of the X-ReID objective, on the global level's batch and its map.
 
     Returns:
         the weighted losses by the names of `loss_names`; those of absent levels are absent.
     """
-    places = dict(zip(labels, _places([len(each) for each in labels.values()], shared_batch), strict=True))
-    output = system.student(pixels, cameras)
     losses: Losses = {}
-    if GLOBAL in labels and classifier is not None:
-        place, targets = places[GLOBAL], labels[GLOBAL]
-        embeddings, bn_embeddings = (
-            each[place].split(list(system.student.reid.output_widths), dim=1)
-            for each in (output.embedding, output.bn_embedding)
-        )
-        logits = classifier(bn_embeddings)
+    if GLOBAL in features and classifier is not None:
+        targets, (embedding, bn_embedding, *maps) = labels[GLOBAL], features[GLOBAL]
+        widths = list(system.student.reid.output_widths)
+        embeddings = embedding.split(widths, dim=1)
+        logits = classifier(bn_embedding.split(widths, dim=1))
         losses["cross_entropy"] = smoothed_cross_entropy(logits, targets, smoothing=smoothing) / len(logits)
         losses["triplet_global"] = torch.stack([batch_hard_soft_margin(e, targets) for e in embeddings]).mean()
         if system.cross is not None and cross_classifiers is not None:
-            promoted, tokens = embeddings[system.cross.index], output.feature_map[place]
-            losses |= system.cross.losses(promoted, tokens, targets, cross_classifiers, smoothing)
-    parts = {level: part for part, level in enumerate(level_names(len(output.part_vectors))[1:]) if level in labels}
-    maps = _teacher_maps(system, pixels, cameras, output, {level: places[level] for level in parts})
-    for level, part in parts.items():
-        place, targets = places[level], _outliers_apart(labels[level])
-        triplets = [batch_hard_soft_margin(output.part_embeddings[part][place], targets)]
-        if system.fusion is not None:
-            average, maximum = output.part_vectors[part]
-            fused = system.fusion.parts[part]((average[place], maximum[place]), maps[level])
-            triplets.append(batch_hard_soft_margin(fused, targets))
+            promoted = embeddings[system.cross.index]
+            losses |= system.cross.losses(promoted, maps[0], targets, cross_classifiers, smoothing)
+    for level in (level for level in features if level != GLOBAL):
+        targets = _outliers_apart(labels[level])
+        triplets = [batch_hard_soft_margin(each, targets) for each in features[level]]
         losses[f"triplet_{level}"] = part_weight * torch.stack(triplets).mean()
     return losses
-
-
-def _places(sizes: list[int], shared_batch: bool) -> list[slice]:
-    """Where each level's images stand in the batch."""
-    if shared_batch:
-        return [slice(0, size) for size in sizes]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
 def _outliers_apart(labels: Tensor) -> Tensor:
@@ -137,8 +162,8 @@ def _teacher_maps(
     if system.ema is None:
         return {level: output.feature_map[place].detach() for level, place in places.items()}
     distinct = sorted({(place.start, place.stop) for place in places.values()})
-    chosen = torch.cat([torch.arange(start, stop) for start, stop in distinct]).to(pixels.device)
+    seen, of = (torch.cat([rows[start:stop] for start, stop in distinct]) for rows in (pixels, cameras))
     with torch.no_grad():
-        maps = system.teacher(pixels[chosen], cameras[chosen]).feature_map
+        maps = system.teacher(seen, of).feature_map
     found = dict(zip(distinct, maps.split([stop - start for start, stop in distinct]), strict=True))
     return {level: found[place.start, place.stop] for level, place in places.items()}

@@ -28,14 +28,15 @@ def refresh_statistics(system: LF2System, target: ImageSet, batch: int, run: Run
     done = 0
     with torch.no_grad(), run.reporter.bar("batch-norm statistics") as advance:
         for chunk in chunks:
-            pixels, cameras = target.plain(chunk, run.device)
+            pixels, cameras = target.plain(chunk[run.team.share(len(chunk))], run.device)
             with run.autocast():
-                output = system.student(pixels, cameras)
+                output = system.student(run.laid_out(pixels), cameras)
                 if system.fusion is not None:
                     system.fusion(output.part_vectors, output.feature_map)
             done += len(chunk)
             advance(done, len(target))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    run.team.average([b for network in networks for b in network.buffers() if b.is_floating_point()])
     if system.ema is not None:
         system.ema.set(system.student)

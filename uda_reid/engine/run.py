@@ -3,29 +3,66 @@
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from uda_reid.engine.team import Team
 from uda_reid.errors import UserError
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import RunLog
 
 GLOBAL_STATE = 2_000_000  # a place that no step has
+PRECISIONS = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a training step is computed, whatever it trains.
+
+    Attributes:
+        precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+        channels_last: memory layout of maps; faster for convolutions on GPUs with tensor cores.
+        compile: pass the networks through torch.compile.
+        batch_norm_group: images whose statistics are taken together; 0 for the whole batch, over all processes.
+        patience: steps in a row that may be skipped because a loss or gradient was not finite.
+        checkpoint_minutes: time between two saved states within an epoch; each epoch's end saves one anyway.
+    """
+
+    precision: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    batch_norm_group: int = 0
+    patience: int = 5
+    checkpoint_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"training.precision must be one of {', '.join(PRECISIONS)}, not '{self.precision}'.")
+        if self.batch_norm_group < 0 or self.batch_norm_group == 1:
+            raise UserError(
+                f"training.batch_norm_group must be 0 (the whole batch) or 2 or more, not {self.batch_norm_group}; one "
+                "image has no variance."
+            )
+        if self.patience < 1 or self.checkpoint_minutes < 0:
+            raise UserError("training.patience must be 1 or more, and training.checkpoint_minutes 0 or more.")
 
 
 @dataclass(frozen=True)
 class Run:
     """One run: where it computes, what its random numbers come from, and where it reports.
 
-    `log` is None where nothing is to be kept, as in tests.
+    `log` is None where nothing is to be kept: in tests, and in the processes of a team that do not lead it.
     """
 
     device: torch.device
     seed: int
     reporter: Reporter
     log: RunLog | None = None
+    team: Team = field(default_factory=Team)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def generator(self, *position: int, device: torch.device | None = None) -> torch.Generator:
         """A generator for one place of the run (say epoch and step).
@@ -47,10 +84,15 @@ class Run:
             self.log.append(row)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bfloat16 where the device computes it fast (CUDA), float32 elsewhere."""
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+        """The precision of the forward pass."""
+        automatic = "bfloat16" if self.device.type == "cuda" else "float32"
+        if (automatic if self.training.precision == "auto" else self.training.precision) == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
+
+    def laid_out(self, pixels: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in the memory layout that the networks are in."""
+        return pixels.contiguous(memory_format=torch.channels_last) if self.training.channels_last else pixels
 
 
 def seed_at(seed: int, *position: int) -> int:

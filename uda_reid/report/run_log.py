@@ -1,9 +1,10 @@
 """The folder that a run leaves behind: the recipe as resolved, a line of JSON per epoch, and a summary."""
 
+import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,28 +13,41 @@ import torch
 
 from uda_reid.errors import UserError
 
-RECIPE, METRICS, SUMMARY, CHECKPOINT = "recipe.toml", "metrics.jsonl", "summary.json", "checkpoint.safetensors"
+RECIPE, COMMAND = "recipe.toml", "command.json"
+METRICS, SUMMARY, CHECKPOINT = "metrics.jsonl", "summary.json", "checkpoint.safetensors"
 PACKAGES = ("uda-reid", "torch", "timm", "numpy", "scikit-learn", "faiss-gpu", "faiss-cpu", "pillow")
 
 
 class RunLog:
-    """Writes one run's folder.
+    """Writes one run's folder, which no other process may write at the same time.
 
     Args:
-        folder: made if need be; it must not hold anything yet.
+        folder: made if need be; it must not hold anything yet, unless the run goes on.
+        writes: False in the processes of a team that do not lead it: they know the folder and leave it alone.
+        goes_on: the folder is of a run that was stopped.
 
     Raises:
-        UserError: the folder holds files, or cannot be made.
+        UserError: the folder holds files, cannot be made, or is in use.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True, goes_on: bool = False) -> None:
         self.folder = folder
-        if folder.is_dir() and any(folder.iterdir()):
+        self.writes = writes
+        self.goes_on = goes_on
+        if not writes:
+            return
+        if not goes_on and folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"The output folder {folder} already holds files; name another with --out or empty it.")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The output folder {folder} cannot be made ({error.strerror}); name another.") from error
+        self._lock = _locked(folder)
+
+    def part(self, name: str) -> "RunLog":
+        """The log of a run inside this one; it goes on where there is one already."""
+        folder = self.folder / name
+        return RunLog(folder, writes=self.writes, goes_on=self.goes_on)
 
     @property
     def checkpoint(self) -> Path:
@@ -42,10 +56,23 @@ class RunLog:
 
     def write_recipe(self, text: str) -> None:
         """Stores the resolved recipe."""
-        write_atomically(self.folder / RECIPE, text)
+        if self.writes:
+            write_atomically(self.folder / RECIPE, text)
+
+    def write_command(self, command: Mapping[str, Any]) -> None:
+        """Stores what was asked for, so that the run can be gone on with."""
+        if self.writes:
+            write_atomically(self.folder / COMMAND, json.dumps(command, indent=2) + "\n")
+
+    def restart(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Leaves in metrics.jsonl the epochs that a saved state holds; later ones will be made again."""
+        if self.writes:
+            write_atomically(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one epoch to metrics.jsonl, on disk before it returns."""
+        if not self.writes:
+            return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
@@ -53,7 +80,26 @@ class RunLog:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Stores summary.json, with the versions that produced it."""
-        write_atomically(self.folder / SUMMARY, json.dumps({**summary, "packages": versions()}, indent=2) + "\n")
+        if self.writes:
+            write_atomically(self.folder / SUMMARY, json.dumps({**summary, "packages": versions()}, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any] | None:
+        """The stored summary; None while the run is not finished."""
+        path = self.folder / SUMMARY
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _locked(folder: Path) -> int:
+    """Takes a lock on a folder that ends with the process, however it ends; the handle that holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise UserError(
+            f"The run {folder} is being written by another process; wait until that one ends, or stop it."
+        ) from error
+    return handle
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -46,7 +46,7 @@ def stored_task(folder: Path, command: str, context: click.Context) -> tuple[Tas
     Raises:
         UserError: it is no run of that command, it is damaged, or options were given that the run has already.
     """
-    given = [name for name in context.params if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+    given = [name for name in context.params if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
     extra = [f"--{name.replace('_', '-')}" for name in given if name not in WITH_RESUME]
     if extra:
         raise UserError(

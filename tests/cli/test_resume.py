@@ -1,0 +1,119 @@
+"""Runs that are killed and gone on with end as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from tests.cli.conftest import Invoke, refused, settings, summary
+from uda_reid.cli import main
+from uda_reid.errors import UserError
+from uda_reid.report.run_log import RunLog
+
+KILLS = 10
+# One long epoch and one after it, saved after every step, so that a kill can strike within an epoch and between two.
+OFTEN = ["--set", "training.checkpoint_minutes=0"]
+DEMO = [*settings(), *OFTEN, "--set", "pretrain.steps=30", "--set", "adapt.steps=12", "--device", "cpu"]
+
+
+def command_line(arguments: list[str]) -> None:
+    """Runs in a process of its own, with one thread as the test itself."""
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    os._exit(result.exit_code)
+
+
+def killed(arguments: list[str], seconds: float) -> bool:
+    """Starts a command and kills it after some time; False where it finished before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["uda_reid.build", "tests.cli.test_resume"])
+    process = context.Process(target=command_line, args=(arguments,))
+    process.start()
+    assert process.pid is not None
+    process.join(seconds)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return True
+    assert process.exitcode == 0
+    return False
+
+
+def assert_same_result(run: Path, expected: Path) -> None:
+    for half in ("pretrain", "adapt"):
+        found, whole = (load_file(folder / half / "checkpoint.safetensors") for folder in (run, expected))
+        assert found.keys() == whole.keys()
+        assert [name for name in whole if not torch.equal(found[name], whole[name])] == []
+        rows = [[json.loads(line) for line in (folder / half / "metrics.jsonl").open()] for folder in (run, expected)]
+        assert [without_seconds(row) for row in rows[0]] == [without_seconds(row) for row in rows[1]]
+        assert without_seconds(summary(run / half)) == without_seconds(summary(expected / half))
+        assert list((run / half).glob("state-*")) == []
+
+
+def without_seconds(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: without_seconds(each) for key, each in value.items() if key != "seconds"}
+    return [without_seconds(each) for each in value] if isinstance(value, list) else value
+
+
+def test_a_demo_killed_at_ten_random_moments_ends_with_the_same_weights(tiny_root: Path, tmp_path: Path) -> None:
+    expected = tmp_path / "whole"
+    place = ["demo", "--data-root", str(tiny_root)]
+    began = time.perf_counter()
+    assert not killed([*place, "--out", str(expected), *DEMO], 600)
+    length = time.perf_counter() - began
+    moments, kills, within, run = random.Random(0), 0, set(), tmp_path / "run"
+    while kills < KILLS:
+        begun = (run / "command.json").exists()
+        run = run if begun else tmp_path / f"run{kills}"
+        arguments = ["demo", "--resume", str(run)] if begun else [*place, "--out", str(run), *DEMO]
+        # A share of the whole length, so that one run is killed several times, and anywhere.
+        if killed(arguments, length * moments.uniform(0.1, 0.4)):
+            kills += 1
+            within |= {path.parent.name for path in run.glob("*/state-*.safetensors")}
+        else:
+            assert_same_result(run, expected)
+            run = tmp_path / "another"
+    assert not killed(["demo", "--resume", str(run)], 600)
+    assert_same_result(run, expected)
+    assert within == {"pretrain", "adapt"}, "kills fell in both halves, with states to go on from"
+
+
+def test_a_finished_run_has_nothing_to_resume(pretrained: Path, invoke: Invoke) -> None:
+    before = {path: path.read_bytes() for path in pretrained.iterdir()}
+    result = invoke("pretrain", "--resume", pretrained)
+    assert result.exit_code == 0
+    assert "is finished; there is nothing to resume" in result.output
+    assert {path: path.read_bytes() for path in pretrained.iterdir()} == before
+
+
+def test_resume_refuses_what_it_cannot_go_on_with(pretrained: Path, tmp_path: Path, invoke: Invoke) -> None:
+    text = refused(invoke("adapt", "--resume", pretrained))
+    assert f"is a run of pretrain; resume it by `cli.py pretrain --resume {pretrained}`" in text
+    assert "is no run that can be resumed" in refused(invoke("adapt", "--resume", tmp_path / "nothing"))
+    text = refused(invoke("pretrain", "--resume", pretrained, "--seed", "3", "--source", "plaza"))
+    assert "takes no other option than --device" in text
+    assert "--seed" in text
+    assert "--source" in text
+
+
+def test_a_command_without_data_says_which_options_it_needs(invoke: Invoke) -> None:
+    for command, option in (("pretrain", "--source"), ("adapt", "--target")):
+        result = invoke(command)
+        assert result.exit_code == 2
+        assert f"Missing option '{option}' (or '--resume')" in result.stderr
+
+
+def test_a_run_that_is_being_written_is_not_written_twice(tmp_path: Path) -> None:
+    first = RunLog(tmp_path / "run")
+    with pytest.raises(UserError, match="is being written by another process"):
+        RunLog(tmp_path / "run", goes_on=True)
+    assert first.folder.is_dir()

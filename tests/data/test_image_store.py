@@ -93,8 +93,14 @@ def test_a_full_disk_is_said_before_anything_is_written(
     path = draw(tmp_path / "a.png")
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    full = os.statvfs_result((1, 1, 10**6, 5, 5, 1, 1, 1, 0, 255))
-    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    room = SMALL.bytes_of(3)
+
+    def statvfs(path: object) -> os.statvfs_result:
+        return os.statvfs_result((1, 1, 10**6, room, room, 1, 1, 1, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    assert len(load(3 * [path], NEVER_IN_MEMORY, scratch)) == 3
+    room -= 1
     with pytest.raises(UserError) as error:
         load(3 * [path], NEVER_IN_MEMORY, scratch)
     assert_sentence(error.value, scratch, "images.memory_limit_gib")

@@ -144,7 +144,6 @@ class _Adaptation:
         self.system, self.target, self.settings, self.run, self.progress = system, target, settings, run, progress
         self.optimiser = make_optimiser(system.trained(), settings.optim)
         self.watch = Watch(settings.loss_names, run.training.patience, target.files)
-        self.forward = run.team.wrapped(LF2Forward(system, with_map=system.cross is not None), some_unused=True)
         if progress.tensors is not None:
             for name, module in self._named().items():
                 unpack_module(module, progress.tensors, name)
@@ -231,7 +230,9 @@ class _Adaptation:
                 shared=settings.shared_batch,
                 generators=[run.generator(epoch, SAMPLING, place) for place in range(len(active))],
             ),
-            forward=self.forward,
+            forward=run.team.wrapped(
+                LF2Forward(system, with_map=system.cross is not None), some_unused=len(active) < len(heads.labels)
+            ),
             losses=partial(
                 lf2_losses,
                 system,

@@ -8,6 +8,7 @@ from torch import nn
 from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.lf2_step import LF2System
 from uda_reid.engine.run import Run
+from uda_reid.models.batch_norm import state_batch_norms
 
 
 def refresh_statistics(system: LF2System, target: ImageSet, batch: int, run: Run) -> None:
@@ -17,6 +18,8 @@ def refresh_statistics(system: LF2System, target: ImageSet, batch: int, run: Run
     Fusion Modules, which no source training has seen, get their first statistics here.
     """
     networks = [part for part in (system.student, system.fusion) if part is not None]
+    for network in networks:
+        state_batch_norms(network, 0)  # chunks are no steps: whatever the group, their statistics are those of a chunk
     modules = [module for network in networks for module in network.train().modules()]
     norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     momenta = [norm.momentum for norm in norms]
@@ -37,6 +40,7 @@ def refresh_statistics(system: LF2System, target: ImageSet, batch: int, run: Run
             advance(done, len(target))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    run.team.average([b for network in networks for b in network.buffers() if b.is_floating_point()])
+    for network in networks:
+        state_batch_norms(network, run.training.batch_norm_group)
     if system.ema is not None:
         system.ema.set(system.student)

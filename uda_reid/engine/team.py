@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,9 @@ class Team:
         if self.size == 1:
             return module
         # The batch statistics are averaged by the step, where DistributedDataParallel would spread those of rank 0.
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=some_unused)
+        known = signature(DistributedDataParallel).parameters  # torch 2.15 renamed it
+        spread = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(module, **{spread: False}, find_unused_parameters=some_unused)
 
     def tell(self, text: str, device: torch.device) -> str:
         """The leader's text, to all."""

@@ -12,7 +12,7 @@ import numpy as np
 from uda_reid import __version__
 from uda_reid.data.catalogue import open_dataset
 from uda_reid.data.image_set import ImageSet
-from uda_reid.data.image_store import ImageSettings, in_content_order, load_images
+from uda_reid.data.image_store import ImageSettings, Sharing, in_content_order, load_images
 from uda_reid.data.market1501 import read_market1501
 from uda_reid.data.records import Records, ReIDDataset, TestSplit
 from uda_reid.engine.adapt import adapt
@@ -58,12 +58,14 @@ def open_data(
     return dataset
 
 
-def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSettings, run: Run, title: str) -> ImageSet:
-    """Decodes a split into the store that training reads."""
-    scratch = run.log.folder if run.log is not None else None
-    with run.reporter.progress(title) as advance:
-        store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance)
-    run.reporter.say(f"{title}: {store.describe()}")
+def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSettings, run: Run, name: str) -> ImageSet:
+    """Decodes the training split of a data set into the store that training reads, and says where that is."""
+    scratch, share = run.log.folder if run.log is not None else None, None
+    if scratch is not None and run.team.size > 1:
+        share = Sharing(run.team.rank, run.team.size, scratch / "images.partial", run.team.wait)
+    with run.reporter.progress(f"decoding {name}") as advance:
+        store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance, share=share)
+    run.reporter.say(f"{name}: {store.describe()}")
     cameras = camera_indices(records.camera_ids, known_cameras).to(run.device)
     return ImageSet(store.images, cameras, images, records.paths)
 
@@ -95,7 +97,7 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
     identities, labels = np.unique(source.train.person_ids, return_inverse=True)
     model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True)
     system = make_source_system(model, len(identities), recipe.pretrain)
-    data = load_set(source.train, known, recipe.images, run, f"decoding {source.name}")
+    data = load_set(source.train, known, recipe.images, run, source.name)
     rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run, progress)
     facts = {
         "kind": "pretrain",
@@ -129,7 +131,7 @@ def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDa
         progress.facts["before"] = test
     before = progress.facts["before"]
     system = make_lf2(recipe, model, run)
-    data = load_set(in_content_order(target.train), known, recipe.images, run, f"decoding {target.name}")
+    data = load_set(in_content_order(target.train), known, recipe.images, run, target.name)
     rows = adapt(system, data, recipe.adapt, run, progress)
     if run.log is not None and run.log.writes:
         networks = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}

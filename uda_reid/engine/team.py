@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,8 @@ class Team:
         # The batch statistics are averaged by the step, where DistributedDataParallel would spread those of rank 0.
         known = signature(DistributedDataParallel).parameters  # torch 2.15 renamed it
         spread = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        return DistributedDataParallel(module, **{spread: False}, find_unused_parameters=some_unused)
+        options: dict[str, Any] = {spread: False, "find_unused_parameters": some_unused}
+        return DistributedDataParallel(module, **options)
 
     def tell(self, text: str, device: torch.device) -> str:
         """The leader's text, to all."""

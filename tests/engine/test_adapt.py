@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -93,6 +94,9 @@ SWITCHES = {
     "shared batch": ["adapt.shared_batch=true"],
     "k-means": ["adapt.cluster.method=kmeans", "adapt.cluster.clusters=8"],
     "cross-instance": ["adapt.cross_instance.intra=1", "adapt.cross_instance.inter=1", "adapt.cross_instance.heads=2"],
+    "norm groups": ["training.batch_norm_group=4"],
+    "channels last": ["training.channels_last=true"],
+    "bfloat16": ["training.precision=bfloat16"],
     "plain CNN": ["model.backbone=cnn"],
     "plain ViT": ["model.backbone=vit"],
     "SAM-IBN": ["model.backbone=sam_ibn"],
@@ -105,6 +109,7 @@ def test_every_trainable_parameter_moves_under_every_switch(
 ) -> None:
     # Weight decay alone would move them too.
     recipe = override_recipe(tiny_recipe, ["adapt.optim.weight_decay=0", *SWITCHES[switch]])
+    run = replace(run, training=recipe.training)
     system = system_for(recipe, run)
     before = weights_of(system)
     rows = adapt(system, target_images("station", tiny_root, recipe, run), recipe.adapt, run)

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from uda_reid.engine.team import Features, Team, is_lost_process
+from uda_reid.errors import UserError
 from uda_reid.retrieval.sharded import shard_bounds
 
 PROCESSES = 2
@@ -25,6 +26,12 @@ def test_shares_are_consecutive_and_differ_by_one_row_at_most() -> None:
             assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
             lengths = [len(range(rows)[share]) for share in shares]
             assert max(lengths) - min(lengths) <= 1
+
+
+def test_no_process_may_be_left_without_an_image() -> None:
+    Team(0, 8).check_batch(4)
+    with pytest.raises(UserError, match="start at most 8 or raise instances"):
+        Team(0, 9).check_batch(4)
 
 
 def test_a_process_by_itself_exchanges_nothing() -> None:

@@ -142,6 +142,7 @@ class _Adaptation:
         self, system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run, progress: Progress
     ) -> None:
         self.system, self.target, self.settings, self.run, self.progress = system, target, settings, run, progress
+        run.team.check_batch(settings.instances)
         self.optimiser = make_optimiser(system.trained(), settings.optim)
         self.watch = Watch(settings.loss_names, run.training.patience, target.files)
         if progress.tensors is not None:

@@ -174,6 +174,7 @@ class _SourceTraining:
         self.system, self.data, self.labels = system, data, torch.from_numpy(labels)
         self.settings, self.run, self.progress = settings, run, progress
         self.names = ("cross_entropy", "triplet", *settings.cross_instance.names)
+        run.team.check_batch(settings.instances)
         prepare_network(system.model, run)
         for module in system.modules():
             module.to(run.device).train()

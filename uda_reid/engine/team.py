@@ -39,6 +39,21 @@ class Team:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
+    def check_batch(self, instances: int) -> None:
+        """Refuses a team in which a process might be left without an image.
+
+        Args:
+            instances: K; a batch holds two identities at least.
+
+        Raises:
+            UserError: there are more than 2 K processes.
+        """
+        if self.size > 2 * instances:
+            raise UserError(
+                f"A batch may hold as few as 2 x {instances} images, which is not one for each of {self.size} "
+                f"processes; start at most {2 * instances} or raise instances."
+            )
+
     def share(self, rows: int, rank: int | None = None) -> slice:
         """The consecutive rows, of that many, that a process (this one if not given) works on."""
         return slice(*shard_bounds(rows, self.rank if rank is None else rank, self.size))

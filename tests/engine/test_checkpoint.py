@@ -1,5 +1,6 @@
 """Checkpoints: strict, atomic, and never a pickle."""
 
+import errno
 import json
 import os
 import pickle
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from uda_reid.engine import checkpoint as module
 from uda_reid.engine.checkpoint import load_section, read_checkpoint, save_checkpoint
 from uda_reid.errors import UserError
 
@@ -78,17 +78,10 @@ def test_a_write_that_fails_leaves_the_old_file(moment: str, tmp_path: Path, mon
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, {"m": net(1)}, {"epoch": 1})
 
-    def half(tensors: object, target: Path, metadata: object) -> None:
-        Path(target).write_bytes(b"half a file")
-        raise OSError("disk full")
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
 
-    def fail(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    if moment == "writing":
-        monkeypatch.setattr(module, "save_file", half)
-    else:
-        monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(*((os, "fsync") if moment == "writing" else (Path, "replace")), fail)
     with pytest.raises(UserError, match=r"could not be written \(disk full\); make room and go on with --resume"):
         save_checkpoint(path, {"m": net(2)}, {"epoch": 2})
     assert os.listdir(tmp_path) == [path.name]

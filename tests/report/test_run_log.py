@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from uda_reid.errors import UserError
-from uda_reid.report.run_log import RunLog, versions, write_atomically
+from uda_reid.report.run_log import RunLog, versions
 
 
 def test_makes_its_folder_and_writes_its_files(tmp_path: Path) -> None:
@@ -51,23 +51,6 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             RunLog(folder)
         assert str(folder) in str(error.value)
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "summary.json"
-    write_atomically(path, "old")
-
-    def fail(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    write_atomically(path, "newer")
-    assert path.read_text() == "newer"
-    assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_versions_name_what_a_result_depends_on() -> None:

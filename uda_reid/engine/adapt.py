@@ -21,11 +21,11 @@ from uda_reid.engine.level_batches import LevelBatches
 from uda_reid.engine.lf2_step import GLOBAL, LF2Forward, LF2System, level_names, lf2_losses, loss_names
 from uda_reid.engine.loss_meter import LossMeter, Watch
 from uda_reid.engine.optim import OptimSettings, make_optimiser
+from uda_reid.engine.packing import pack_module, pack_optimiser, unpack_module, unpack_optimiser
 from uda_reid.engine.progress import Progress
 from uda_reid.engine.pseudo_levels import NECKED, can_train, classifier_from, cluster_levels, feature_banks
 from uda_reid.engine.refresh import refresh_statistics
 from uda_reid.engine.run import Run, seed_at
-from uda_reid.engine.run_state import pack_module, pack_optimiser, unpack_module, unpack_optimiser
 from uda_reid.engine.steps import EpochPlan, run_steps
 from uda_reid.engine.train_step import Descent
 from uda_reid.errors import UserError

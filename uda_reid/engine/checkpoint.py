@@ -1,7 +1,6 @@
 """Checkpoints: safetensors with JSON beside the tensors, written atomically and loaded strictly. No pickle."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
+from uda_reid.report.files import write_atomically
 
 FORMAT = "uda_reid-1"
 
@@ -47,16 +47,14 @@ def save_checkpoint(path: Path, modules: Mapping[str, nn.Module], facts: Mapping
         for section, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-    partial = path.with_name(path.name + ".partial")
+    # Not safetensors' save_file, whose temporary file of a random name would outlive a run that is killed.
+    content = save(tensors, metadata={"format": FORMAT, "facts": json.dumps(facts)})
     try:
-        save_file(tensors, partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
         raise UserError(
-            f"The checkpoint {path} could not be written ({error}); make room and go on with --resume {path.parent}."
+            f"The checkpoint {path} could not be written ({error.strerror}); make room and go on with --resume "
+            f"{path.parent}."
         ) from error
 
 

@@ -16,10 +16,10 @@ from uda_reid.engine.cross_step import CrossInstance, CrossInstanceSettings, mak
 from uda_reid.engine.level_batches import LevelBatches
 from uda_reid.engine.loss_meter import LossMeter, Watch
 from uda_reid.engine.optim import OptimSettings, learning_rate_factor, make_optimiser
+from uda_reid.engine.packing import pack_module, pack_optimiser, unpack_module, unpack_optimiser
 from uda_reid.engine.prepare import compile_network, prepare_network
 from uda_reid.engine.progress import Progress
 from uda_reid.engine.run import Run
-from uda_reid.engine.run_state import pack_module, pack_optimiser, unpack_module, unpack_optimiser
 from uda_reid.engine.steps import EpochPlan, run_steps
 from uda_reid.engine.team import Features
 from uda_reid.engine.train_step import Descent, Losses, supervised_losses

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from uda_reid.errors import UserError
+from uda_reid.report.files import write_atomically
 
 RECIPE, COMMAND = "recipe.toml", "command.json"
 METRICS, SUMMARY, CHECKPOINT = "metrics.jsonl", "summary.json", "checkpoint.safetensors"
@@ -100,16 +101,6 @@ def _locked(folder: Path) -> int:
             f"The run {folder} is being written by another process; wait until that one ends, or stop it."
         ) from error
     return handle
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file beside its place and moves it there, so that no reader ever sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:

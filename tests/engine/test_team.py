@@ -136,7 +136,9 @@ def test_rows_means_and_texts_reach_every_process(found: list[dict[str, object]]
         ("The size of tensor a (3) must match the size of tensor b (4)", False),
     ],
 )
-def test_only_a_lost_process_is_taken_for_one(message: str, lost: bool) -> None:
+def test_only_a_lost_process_is_taken_for_one(message: str, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_lost_process(RuntimeError(message)), "there is no other process"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert is_lost_process(RuntimeError(message)) == lost
 
 

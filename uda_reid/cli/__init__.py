@@ -50,11 +50,13 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        from uda_reid.engine.team import is_lost_process
+        from uda_reid.engine.team import is_lost_process, leave_team
         from uda_reid.retrieval.checks import FeatureError
 
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            leave_team()
+            return result
         except (UserError, FeatureError) as error:
             raise SentenceError(str(error)) from error
         except RuntimeError as error:

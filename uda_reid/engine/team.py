@@ -183,4 +183,12 @@ def team_from_environment(device: torch.device) -> tuple[Team, torch.device]:
 
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error means that another process of the team is gone."""
+    if not dist.is_initialized():
+        return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+def leave_team() -> None:
+    """Ends what `team_from_environment` began, when the work is done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

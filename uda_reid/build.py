@@ -95,6 +95,7 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
     cameras = tuple(int(c) for c in np.unique(source.train.camera_ids))
     known = cameras if recipe.model.transformer.camera_embedding else ()
     identities, labels = np.unique(source.train.person_ids, return_inverse=True)
+    progress.check_images([path.name for path in source.train.paths])
     model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True)
     system = make_source_system(model, len(identities), recipe.pretrain)
     data = load_set(source.train, known, recipe.images, run, source.name)
@@ -131,7 +132,9 @@ def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDa
         progress.facts["before"] = test
     before = progress.facts["before"]
     system = make_lf2(recipe, model, run)
-    data = load_set(in_content_order(target.train), known, recipe.images, run, target.name)
+    records = in_content_order(target.train)
+    progress.check_images([path.name for path in records.paths])
+    data = load_set(records, known, recipe.images, run, target.name)
     rows = adapt(system, data, recipe.adapt, run, progress)
     if run.log is not None and run.log.writes:
         networks = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.cli.conftest import Invoke, refused, settings, summary
 from uda_reid.cli import main
+from uda_reid.engine.progress import Progress
+from uda_reid.engine.run_state import RunStates
 from uda_reid.errors import UserError
 from uda_reid.report.run_log import RunLog
 
@@ -117,3 +120,19 @@ def test_a_run_that_is_being_written_is_not_written_twice(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="is being written by another process"):
         RunLog(tmp_path / "run", goes_on=True)
     assert first.folder.is_dir()
+
+
+def test_other_images_than_the_run_began_with_are_refused(tiny_root: Path, tmp_path: Path, invoke: Invoke) -> None:
+    folder = tmp_path / "people"
+    shutil.copytree(tiny_root / "synthetic" / "plaza", folder)
+    run = tmp_path / "run"
+    short = [*OFTEN, "--set", "pretrain.steps=2", "--device", "cpu"]
+    arguments = ["pretrain", "--source", folder, "--recipe", "demo", "--out", run, *settings(), *short]
+    assert invoke(*arguments).exit_code == 0
+    states = RunStates(run, lambda text: None)
+    progress = Progress(states)
+    progress.check_images([path.name for path in sorted((folder / "bounding_box_train").iterdir())])
+    progress.save_epoch(1, {}, dict)
+    (run / "summary.json").unlink()
+    next((folder / "bounding_box_train").iterdir()).unlink()
+    assert "restore the data set, or begin a new run" in refused(invoke("pretrain", "--resume", run))

@@ -1,12 +1,14 @@
 """Where a training stands, and the saved states from which a killed one goes on."""
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
 from torch import Tensor
 
 from uda_reid.engine.run_state import RunState, RunStates
+from uda_reid.errors import UserError
 
 Rows = list[dict[str, Any]]
 
@@ -47,6 +49,23 @@ class Progress:
         self.rows: Rows = list(position.get("rows", []))
         self.seconds = float(position.get("seconds", 0.0))
         self.tensors: dict[str, Tensor] | None = found.tensors if found is not None else None
+
+    def check_images(self, names: Sequence[str]) -> None:
+        """Refuses to go on with other images than the run began with, by which labels and batches are numbered.
+
+        Args:
+            names: of the image files, in order.
+
+        Raises:
+            UserError: there are others, or they come in another order.
+        """
+        count, digest = len(names), f"{zlib.crc32(chr(10).join(names).encode()):08x}"
+        began = self.facts.setdefault("images", [count, digest])
+        if began != [count, digest]:
+            raise UserError(
+                f"The run began with {began[0]:,} training images, and {count:,} others or otherwise named ones are "
+                "there now; restore the data set, or begin a new run."
+            )
 
     def begin_epoch(self, epoch: int) -> tuple[int, float]:
         """The step to begin an epoch at, and the time from which it counts: earlier than now where some is done."""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import weakref
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -43,7 +44,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The output folder {folder} cannot be made ({error.strerror}); name another.") from error
-        self._lock = _locked(folder)
+        weakref.finalize(self, os.close, _locked(folder))
 
     def part(self, name: str) -> "RunLog":
         """The log of a run inside this one; it goes on where there is one already."""
@@ -91,7 +92,7 @@ class RunLog:
 
 
 def _locked(folder: Path) -> int:
-    """Takes a lock on a folder that ends with the process, however it ends; the handle that holds it."""
+    """Takes a lock on a folder that ends with its handle, or with the process, however that ends; the handle."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

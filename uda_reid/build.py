@@ -29,6 +29,7 @@ from uda_reid.models.reid_model import ReIDModel
 from uda_reid.networks import Trained, cameras_known_in, descriptor_of, load_source_model, make_lf2, make_model
 from uda_reid.recipe import Recipe, dump_recipe
 from uda_reid.report.console import Reporter
+from uda_reid.report.run_log import SUMMARY
 from uda_reid.synthetic import DOMAINS, write_domain
 
 Summary = dict[str, Any]
@@ -62,12 +63,22 @@ def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSett
     """Decodes the training split of a data set into the store that training reads, and says where that is."""
     scratch, share = run.log.folder if run.log is not None else None, None
     if scratch is not None and run.team.size > 1:
-        share = Sharing(run.team.rank, run.team.size, scratch / "images.partial", run.team.wait)
+        machine = run.team.rank - run.team.local_rank
+        file = scratch / f"images-{machine}.partial"
+        share = Sharing(run.team.local_rank, run.team.local_size, file, run.team.wait)
     with run.reporter.progress(f"decoding {name}") as advance:
         store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance, share=share)
     run.reporter.say(f"{name}: {store.describe()}")
     cameras = camera_indices(records.camera_ids, known_cameras).to(run.device)
     return ImageSet(store.images, cameras, images, records.paths)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has its summary, which is written last; what it saved to be gone on with is then removed."""
+    if not (folder / SUMMARY).is_file():
+        return False
+    RunStates(folder, lambda text: None).remove()
+    return True
 
 
 def open_progress(run: Run) -> Progress:
@@ -96,7 +107,7 @@ def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
     known = cameras if recipe.model.transformer.camera_embedding else ()
     identities, labels = np.unique(source.train.person_ids, return_inverse=True)
     progress.check_images([path.name for path in source.train.paths])
-    model = make_model(recipe, len(cameras), seed=run.seed, pretrained=True)
+    model = make_model(recipe, len(cameras), seed=run.seed, pretrained=progress.tensors is None)
     system = make_source_system(model, len(identities), recipe.pretrain)
     data = load_set(source.train, known, recipe.images, run, source.name)
     rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run, progress)
@@ -170,6 +181,7 @@ def run_evaluate(trained: Trained, target: ReIDDataset, run: Run, *, rerank: boo
     started = perf_counter()
     if target.test is None:
         raise UserError(f"{target.folder} has no labelled test split (query/ and bounding_box_test/) to evaluate on.")
+    run = replace(run, training=trained.recipe.training)
     known = cameras_known_in(target.name, trained.facts)
     metrics = _measure(trained.encode, target.test, known, trained.recipe, run, f"testing on {target.name}", rerank)
     assert metrics is not None
@@ -190,13 +202,16 @@ def run_demo(recipe: Recipe, source: ReIDDataset, target: ReIDDataset, run: Run)
     assert second.log is not None
     for half in (first.log, second.log):
         half.write_recipe(dump_recipe(recipe))
-    if first.log.summary() is None:
+    if not is_finished(first.log.folder):
         run.reporter.say(f"1. Pre-training on {source.name}, with its labels.")
         run_pretrain(recipe, source, first)
         run.team.wait()  # for the checkpoint
     run.reporter.say(f"2. Adapting to {target.name}, whose labels are not read.")
     model, checkpoint, _ = load_source_model(first.log.checkpoint, run)
-    adapted = second.log.summary() or run_adapt(recipe, model, checkpoint, target, second)
+    if is_finished(second.log.folder):
+        adapted = second.log.summary()
+    else:
+        adapted = run_adapt(recipe, model, checkpoint, target, second)
     result = {"command": "demo", "source_only": adapted["before"], "adapted": adapted["after"]}
     return _summary(run, started, result)
 

@@ -51,8 +51,10 @@ def test_evaluate_repeats_what_pretrain_measured(invoke: Invoke, pretrained: Pat
     assert {key: measured[key] for key in METRICS} == summary(pretrained)["test"]
 
 
-def test_evaluate_repeats_what_adapt_measured(invoke: Invoke, pretrained: Path) -> None:
-    assert invoke("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt")).exit_code == 0
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_evaluate_repeats_what_adapt_measured(precision: str, invoke: Invoke, pretrained: Path) -> None:
+    chosen = [*settings("adapt"), "--set", f"training.precision={precision}"]
+    assert invoke("adapt", "--target", "station", "--init", pretrained, "--out", "a", *chosen).exit_code == 0
     assert invoke("evaluate", "--target", "station", "--checkpoint", "a", "--out", "b").exit_code == 0
     measured = summary(Path("b"))
     assert {key: measured[key] for key in METRICS} == summary(Path("a"))["after"]

@@ -40,7 +40,7 @@ def report(loss: float, skipped: int) -> Tensor:
 
 
 def watch(patience: int) -> Watch:
-    return Watch(("fine", "triplet"), patience, lambda indices: [f"{i}.jpg" for i in indices.tolist()])
+    return Watch(("fine", "triplet"), patience, lambda indices: [f"{i}.jpg" for i in indices.tolist()], "adapt")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -53,7 +53,7 @@ def test_a_run_stops_at_the_patience_naming_loss_step_and_files(bad: float) -> N
     text = str(error.value)
     assert text.startswith("At step 3 of epoch 1 the triplet loss was not finite for the 3. time in a row")
     assert "0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 4 more" in text
-    assert "optim.learning_rate" in text
+    assert "adapt.optim.learning_rate" in text
 
 
 def test_good_steps_in_between_start_the_count_anew() -> None:

@@ -1,6 +1,7 @@
 """A training step as a whole: the host never waits for the device, and bad batches end a run by name."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,30 @@ def test_no_step_waits_for_the_device(
     assert seen == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("stage", ["pretrain", "adapt"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_no_step_waits_for_the_gpu(
+    system: str, stage: str, tiny_root: Path, tiny_recipe: Recipe, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA itself sees it, copies from the host included."""
+    recipe = override_recipe(tiny_recipe, ["pretrain.epochs=1", "adapt.epochs=1", *SYSTEMS[system]])
+    real = steps._take_step
+
+    def strict(plan: Any, step: int, *arguments: Any) -> int:
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step makes what later ones reuse
+        try:
+            return real(plan, step, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(steps, "_take_step", strict)
+    train(stage, recipe, tiny_root, replace(run, device=torch.device("cuda")))
+
+
 def train(stage: str, recipe: Recipe, root: Path, run: Run) -> None:
-    run = Run(run.device, run.seed, run.reporter, training=recipe.training)
+    run = replace(run, training=recipe.training)
     model = make_model(recipe, 0, seed=0, pretrained=True)
     if stage == "pretrain":
         records = open_data("plaza", root, labelled_train=True, reporter=run.reporter).train

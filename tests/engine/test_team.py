@@ -29,9 +29,11 @@ def test_shares_are_consecutive_and_differ_by_one_row_at_most() -> None:
 
 
 def test_no_process_may_be_left_without_an_image() -> None:
-    Team(0, 8).check_batch(4)
+    Team(0, 8).check_batch(4, 0)
     with pytest.raises(UserError, match="start at most 8 or raise instances"):
-        Team(0, 9).check_batch(4)
+        Team(0, 9).check_batch(4, 0)
+    with pytest.raises(UserError, match="start at most 4 or raise instances"):
+        Team(0, 5).check_batch(4, 16)
 
 
 def test_a_process_by_itself_exchanges_nothing() -> None:
@@ -44,6 +46,7 @@ def test_a_process_by_itself_exchanges_nothing() -> None:
     assert team.tell("a folder", torch.device("cpu")) == "a folder"
     before = rows.clone()
     team.average([rows])
+    team.align([rows])
     team.wait()
     assert torch.equal(rows, before)
 
@@ -90,11 +93,14 @@ def work(rank: int, folder: str) -> None:
     loss_of(joined).backward()
     mean = [torch.tensor([1.0 + rank]), torch.tensor([[3.0 * rank]])]
     team.average(mean)
+    leading = torch.tensor([5 + rank])
+    team.align([leading])
     found = {
         "features": joined,
         "gradient": net.layer.weight.grad,
         "rows": team.join(torch.arange(5)[team.share(5)], 5),
         "mean": mean,
+        "leading": leading,
         "told": team.tell("runs/é" if team.leads else "", torch.device("cpu")),
     }
     team.wait()
@@ -125,6 +131,7 @@ def test_rows_means_and_texts_reach_every_process(found: list[dict[str, object]]
     for each in found:
         assert each["rows"].tolist() == [0, 1, 2, 3, 4]
         assert [mean.item() for mean in each["mean"]] == [1.5, 1.5]
+        assert each["leading"].tolist() == [5]
         assert each["told"] == "runs/é"
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from uda_reid.engine.optim import OptimSettings, make_optimiser
 from uda_reid.engine.team import Team
 from uda_reid.engine.train_step import Descent, supervised_losses
 from uda_reid.models.reid_model import Classifiers
@@ -78,18 +79,15 @@ def test_a_step_goes_down_the_gradient_of_the_sum_for_every_optimiser() -> None:
     assert second.tolist() == pytest.approx([3 - 0.5 * 1.5])
 
 
-OPTIMISERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1, weight_decay=0.1, fused=True),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
-}
+OPTIMISERS = ("sgd", "adam", "adamw")
 
 
 def stepped(name: str, batches: list[Tensor], poison: str) -> tuple[Net, nn.Linear, list[float]]:
     """Steps over batches; `poison` says where a batch that holds NaN is felt: in the loss, or in a gradient alone."""
     torch.manual_seed(0)
     net, head = Net(), nn.Linear(4, 2)
-    descent = Descent([net], [head], [OPTIMISERS[name]([*net.parameters(), *head.parameters()])], Team())
+    optimiser = make_optimiser([net, head], OptimSettings(name=name, learning_rate=0.1))
+    descent = Descent([net], [head], [optimiser], Team())
     skipped = []
     for batch in batches:
         descent.begin()
@@ -101,17 +99,31 @@ def stepped(name: str, batches: list[Tensor], poison: str) -> tuple[Net, nn.Line
     return net, head, skipped
 
 
+@pytest.mark.parametrize("first", [0, 2], ids=["from the first step", "later"])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_step_that_is_not_finite_leaves_no_trace(name: str, poison: str) -> None:
+def test_a_step_that_is_not_finite_leaves_no_trace(name: str, poison: str, first: int) -> None:
     generator = torch.Generator().manual_seed(1)
     good = [torch.randn(6, 3, generator=generator) for _ in range(4)]
     bad = torch.full((6, 3), math.nan)
-    net, head, skipped = stepped(name, [good[0], good[1], bad, bad, good[2], good[3]], poison)
+    net, head, skipped = stepped(name, [*good[:first], bad, bad, *good[first:]], poison)
     expected_net, expected_head, none = stepped(name, good, poison)
-    assert skipped == [0, 0, 1, 1, 0, 0]
+    assert [place for place, bad_step in enumerate(skipped) if bad_step] == [first, first + 1]
     assert none == [0, 0, 0, 0]
     for module, expected in ((net, expected_net), (head, expected_head)):
         for key, tensor in module.state_dict().items():
             if "num_batches" not in key:
                 assert torch.equal(tensor, expected.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_parameter_may_get_its_first_gradient_later_than_others(name: str) -> None:
+    """As when a level sits out the first epochs."""
+    early, late = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimiser = make_optimiser([early, late], OptimSettings(name=name, learning_rate=0.1, weight_decay=0.0))
+    before = late.weight.detach().clone()
+    for module in (early, early, late):
+        descent = Descent([], [], [optimiser], Team())
+        descent.begin()
+        assert descent.step({"loss": module(torch.ones(1, 2)).square().sum()}) == 0
+        assert torch.equal(late.weight, before) == (module is early)

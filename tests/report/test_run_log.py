@@ -1,5 +1,6 @@
 """The folder that a run leaves behind."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -57,3 +58,32 @@ def test_versions_name_what_a_result_depends_on() -> None:
     found = versions()
     assert {"python", "torch", "timm", "numpy", "scikit-learn", "pillow"} <= found.keys()
     assert found["numpy"] == numpy.__version__
+
+
+def test_a_full_disk_at_an_epochs_end_leaves_the_figures_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path / "run")
+    log.append({"epoch": 1})
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        log.append({"epoch": 2})
+    with pytest.raises(UserError, match=r"summary.json could not be written \(No space left on device\)"):
+        log.write_summary({"done": True})
+    monkeypatch.undo()
+    log.append({"epoch": 3})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert rows == [{"epoch": 1}, {"epoch": 3}]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_process_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run", writes=False)
+    log.write_recipe("a = 1")
+    log.write_command({"command": "demo"})
+    log.append({"epoch": 1})
+    log.restart([])
+    log.write_summary({})
+    assert not (tmp_path / "run").exists()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import open_data, run_adapt
+from uda_reid.build import is_finished, open_data, run_adapt
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
 from uda_reid.cli.options import (
     RUNS,
@@ -17,7 +17,7 @@ from uda_reid.cli.options import (
     run_options,
     set_option,
 )
-from uda_reid.cli.task import Task, is_finished, stored_task
+from uda_reid.cli.task import Task, stored_task
 from uda_reid.networks import load_source_model, take_model_from
 from uda_reid.recipe import load_recipe
 

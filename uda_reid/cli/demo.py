@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import open_data, run_demo
+from uda_reid.build import is_finished, open_data, run_demo
 from uda_reid.cli.options import (
     data_root_option,
     join_run,
@@ -14,7 +14,7 @@ from uda_reid.cli.options import (
     run_options,
     set_option,
 )
-from uda_reid.cli.task import Task, is_finished, stored_task
+from uda_reid.cli.task import Task, stored_task
 from uda_reid.recipe import load_recipe
 
 SOURCE, TARGET = "plaza", "station"

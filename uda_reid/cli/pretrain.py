@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import open_data, run_pretrain
+from uda_reid.build import is_finished, open_data, run_pretrain
 from uda_reid.cli.options import (
     data_root_option,
     default_recipe,
@@ -15,7 +15,7 @@ from uda_reid.cli.options import (
     run_options,
     set_option,
 )
-from uda_reid.cli.task import Task, is_finished, stored_task
+from uda_reid.cli.task import Task, stored_task
 from uda_reid.recipe import load_recipe
 
 

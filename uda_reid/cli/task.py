@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from uda_reid.engine.run import Run
 from uda_reid.errors import UserError
 from uda_reid.recipe import Recipe, load_recipe
-from uda_reid.report.run_log import COMMAND, RECIPE, SUMMARY
+from uda_reid.report.run_log import COMMAND, RECIPE
 
 WITH_RESUME = ("resume", "device")
 
@@ -64,8 +64,3 @@ def stored_task(folder: Path, command: str, context: click.Context) -> tuple[Tas
     if task.command != command:
         raise UserError(f"{folder} is a run of {task.command}; resume it by `cli.py {task.command} --resume {folder}`.")
     return task, load_recipe(str(folder / RECIPE))
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run has its summary, which is written last."""
-    return (folder / SUMMARY).is_file()

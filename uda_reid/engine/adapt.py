@@ -142,9 +142,9 @@ class _Adaptation:
         self, system: LF2System, target: ImageSet, settings: AdaptSettings, run: Run, progress: Progress
     ) -> None:
         self.system, self.target, self.settings, self.run, self.progress = system, target, settings, run, progress
-        run.team.check_batch(settings.instances)
+        run.team.check_batch(settings.instances, run.training.batch_norm_group)
         self.optimiser = make_optimiser(system.trained(), settings.optim)
-        self.watch = Watch(settings.loss_names, run.training.patience, target.files)
+        self.watch = Watch(settings.loss_names, run.training.patience, target.files, "adapt")
         if progress.tensors is not None:
             for name, module in self._named().items():
                 unpack_module(module, progress.tensors, name)
@@ -157,6 +157,7 @@ class _Adaptation:
         meter = LossMeter(self.settings.loss_names, self.run.device)
         heads = self._restored_heads(meter) if epoch == self.progress.epoch else None
         heads = heads or self._fresh_heads(epoch)
+        self.progress.tensors = None  # four times the weights, needed no more
 
         def save(step: int) -> None:
             tensors = lambda: self._tensors() | heads.tensors() | {"meter": meter.sums}  # noqa: E731

@@ -53,8 +53,7 @@ def save_checkpoint(path: Path, modules: Mapping[str, nn.Module], facts: Mapping
         write_atomically(path, content)
     except OSError as error:
         raise UserError(
-            f"The checkpoint {path} could not be written ({error.strerror}); make room and go on with --resume "
-            f"{path.parent}."
+            f"The checkpoint {path} could not be written ({error.strerror}); make room and go on with --resume."
         ) from error
 
 

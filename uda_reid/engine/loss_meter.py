@@ -60,12 +60,14 @@ class Watch:
         names: of the losses, as `LossMeter` has them.
         patience: steps in a row.
         name_files: gives the files of a batch.
+        stage: "pretrain" or "adapt", whose settings may mend it.
     """
 
-    def __init__(self, names: Sequence[str], patience: int, name_files: NameFiles) -> None:
+    def __init__(self, names: Sequence[str], patience: int, name_files: NameFiles, stage: str) -> None:
         self._names = tuple(names)
         self._patience = patience
         self._name_files = name_files
+        self._stage = stage
         self._pending: deque[tuple[str, Tensor, Tensor, torch.cuda.Event | None]] = deque()
         self._in_a_row = 0
 
@@ -83,9 +85,10 @@ class Watch:
         came = None
         if report.is_cuda:
             host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
-            report = host.copy_(report, non_blocking=True)
             came = torch.cuda.Event()
-            came.record()
+            host.copy_(report, non_blocking=True)
+            came.record(torch.cuda.current_stream(report.device))
+            report = host
         self._pending.append((place, report, indices, came))
         while self._pending and ((event := self._pending[0][3]) is None or event.query()):
             self._read()
@@ -109,6 +112,6 @@ class Watch:
         named = ", ".join(files[:FILES_NAMED]) + (f" and {len(files) - FILES_NAMED} more" * (len(files) > FILES_NAMED))
         raise UserError(
             f"At {place} {what} was not finite for the {self._in_a_row}. time in a row (each of these steps was "
-            f"skipped, so the last checkpoint is good); the last batch held {named}. Lower optim.learning_rate, "
-            "lengthen optim.warmup_epochs, or look at these files."
+            f"skipped, so the last saved state is good); the last batch held {named}; look at these files, or begin a "
+            f"new run with a lower {self._stage}.optim.learning_rate or longer {self._stage}.optim.warmup_epochs."
         )

@@ -60,7 +60,13 @@ def make_optimiser(modules: Iterable[nn.Module], settings: OptimSettings) -> tor
     ]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
-        return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        sgd = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        if settings.momentum:
+            # torch makes the buffers at the first step and leaves them unwritten where that one is skipped. From zeros
+            # the first step is the same, and a parameter may get its first gradient later than others.
+            for parameter in (*others, *biases):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        return sgd
     adam = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
     return adam(groups, weight_decay=settings.weight_decay, fused=True)
 

@@ -174,7 +174,7 @@ class _SourceTraining:
         self.system, self.data, self.labels = system, data, torch.from_numpy(labels)
         self.settings, self.run, self.progress = settings, run, progress
         self.names = ("cross_entropy", "triplet", *settings.cross_instance.names)
-        run.team.check_batch(settings.instances)
+        run.team.check_batch(settings.instances, run.training.batch_norm_group)
         prepare_network(system.model, run)
         for module in system.modules():
             module.to(run.device).train()
@@ -187,7 +187,7 @@ class _SourceTraining:
         forward = SourceForward(system.model, with_map=system.cross is not None)
         self.forward = run.team.wrapped(forward, some_unused=False)
         self.descent = Descent([system.model], system.heads(), [self.optimiser], run.team)
-        self.watch = Watch(self.names, run.training.patience, data.files)
+        self.watch = Watch(self.names, run.training.patience, data.files, "pretrain")
 
     def run_epoch(self, epoch: int) -> None:
         settings, run = self.settings, self.run
@@ -195,6 +195,7 @@ class _SourceTraining:
         steps, meter = settings.steps_for(len(self.data)), LossMeter(self.names, run.device)
         if first and self.progress.tensors is not None:
             meter.sums.copy_(self.progress.tensors["meter"])
+        self.progress.tensors = None  # three times the weights, needed no more
         plan = EpochPlan(
             epoch=epoch,
             epochs=settings.epochs,

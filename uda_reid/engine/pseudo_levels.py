@@ -87,7 +87,10 @@ def _clustered(bank: Tensor, images: int, settings: ClusterSettings, run: Run, s
     if run.team.size == 1:
         return pseudo_labels(bank, settings, device=run.device, seed=seed)
     if settings.method == "kmeans":
-        return pseudo_labels(run.team.join(bank, images), settings, device=run.device, seed=seed)
+        found = pseudo_labels(run.team.join(bank, images), settings, device=run.device, seed=seed)
+        labels = found.labels.to(run.device)  # where the processes exchange tensors
+        run.team.align([labels])  # sums over several threads are not the same twice
+        return PseudoLabels(labels.cpu(), found.edges, found.seconds)
     return sharded_pseudo_labels(bank, settings)
 
 
@@ -101,7 +104,9 @@ def classifier_from(bank: Tensor, labels: PseudoLabels, widths: tuple[int, ...],
     if not can_train(labels):
         return None
     whole = run.team.join(bank, len(labels.labels))
-    return Classifiers.from_centroids(centroids(whole, labels.labels.to(whole.device)), widths)
+    made = Classifiers.from_centroids(centroids(whole, labels.labels.to(whole.device)), widths)
+    run.team.align(list(made.parameters()))  # sums on a GPU are not the same twice
+    return made
 
 
 def can_train(labels: PseudoLabels) -> bool:

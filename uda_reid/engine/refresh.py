@@ -27,7 +27,8 @@ def refresh_statistics(system: LF2System, target: ImageSet, batch: int, run: Run
         norm.reset_running_stats()
         norm.momentum = None  # torch's plain mean over batches
     # Chunks of nearly equal size, so that none is left with a single image, of which there is no variance.
-    chunks = torch.arange(len(target)).tensor_split(ceil(len(target) / batch))
+    count = max(1, min(ceil(len(target) / batch), len(target) // 2))
+    chunks = torch.arange(len(target)).tensor_split(count)
     done = 0
     with torch.no_grad(), run.reporter.bar("batch-norm statistics") as advance:
         for chunk in chunks:

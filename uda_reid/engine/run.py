@@ -23,7 +23,7 @@ class TrainingSettings:
     """How a training step is computed, whatever it trains.
 
     Attributes:
-        precision: "auto" is bfloat16 autocast on CUDA and float32 elsewhere.
+        precision: "auto" is bfloat16 autocast on GPUs that compute in it, and float32 elsewhere.
         channels_last: memory layout of maps; faster for convolutions on GPUs with tensor cores.
         compile: pass the networks through torch.compile.
         batch_norm_group: images whose statistics are taken together; 0 for the whole batch, over all processes.
@@ -79,13 +79,21 @@ class Run:
         return self.generator(*position, device=self.device)
 
     def record(self, row: Mapping[str, Any]) -> None:
-        """Keeps one epoch's figures in the run's folder, if it has one."""
-        if self.log is not None:
+        """Keeps one epoch's figures in the run's folder, if it has one; a full disk is warned of and ends nothing."""
+        if self.log is None:
+            return
+        try:
             self.log.append(row)
+        except OSError as error:
+            self.reporter.warn(
+                f"The figures of this epoch could not be added to {self.log.folder} ({error.strerror}); the run goes "
+                "on, and its summary will hold them."
+            )
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of the forward pass."""
-        automatic = "bfloat16" if self.device.type == "cuda" else "float32"
+        fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        automatic = "bfloat16" if fast else "float32"
         if (automatic if self.training.precision == "auto" else self.training.precision) == "bfloat16":
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()

@@ -26,32 +26,36 @@ PATIENCE = timedelta(minutes=30)  # before a process that says nothing counts as
 
 @dataclass(frozen=True)
 class Team:
-    """This process's place among those that work together; the default is a process by itself.
+    """This process's place among those that work together, and among those on its machine; by default it is alone.
 
     Construction aside, every method that exchanges data is collective: all processes call it, in the same order.
     """
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def leads(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
-    def check_batch(self, instances: int) -> None:
-        """Refuses a team in which a process might be left without an image.
+    def check_batch(self, instances: int, group: int) -> None:
+        """Refuses a team in which a process might be left with too few images.
 
         Args:
             instances: K; a batch holds two identities at least.
+            group: of the batch norms; 0 takes statistics over all processes, any other needs two images in each.
 
         Raises:
-            UserError: there are more than 2 K processes.
+            UserError: there are more than 2 K processes, or K with a group.
         """
-        if self.size > 2 * instances:
+        most = instances if group else 2 * instances
+        if self.size > most:
             raise UserError(
-                f"A batch may hold as few as 2 x {instances} images, which is not one for each of {self.size} "
-                f"processes; start at most {2 * instances} or raise instances."
+                f"A batch may hold as few as 2 x {instances} images, which is too little for {self.size} processes; "
+                f"start at most {most} or raise instances."
             )
 
     def share(self, rows: int, rank: int | None = None) -> slice:
@@ -117,6 +121,12 @@ class Team:
         options: dict[str, Any] = {spread: False, "find_unused_parameters": some_unused}
         return DistributedDataParallel(module, **options)
 
+    def align(self, tensors: Sequence[Tensor]) -> None:
+        """Gives all processes the leader's values of these tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
     def tell(self, text: str, device: torch.device) -> str:
         """The leader's text, to all."""
         if self.size == 1:
@@ -167,9 +177,15 @@ def team_from_environment(device: torch.device) -> tuple[Team, torch.device]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # events and streams are those of the current device
         return Team(), device
-    if device.type == "cuda" and device.index is None:
-        local = int(os.environ["LOCAL_RANK"])
+    local, beside = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(
+                f"{size} processes cannot share the device '{device}'; use --device cuda, which gives each its own."
+            )
         if local >= torch.cuda.device_count():
             raise UserError(
                 f"Process {local} of this machine has no GPU of its own: {torch.cuda.device_count()} are here; start "
@@ -178,14 +194,15 @@ def team_from_environment(device: torch.device) -> tuple[Team, torch.device]:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Team(dist.get_rank(), size), device
+    return Team(dist.get_rank(), size, local, beside), device
 
 
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether an error means that another process of the team is gone."""
     if not dist.is_initialized():
         return False
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+    return lost and "ncclInvalidUsage" not in str(error)
 
 
 def leave_team() -> None:

@@ -179,7 +179,7 @@ def _moments(input: Tensor) -> Tensor:
     else:
         mean = input.transpose(0, 1).flatten(1).sum(dim=1)
         variance = torch.zeros_like(mean)
-    return torch.cat([mean.new_tensor([count]), mean, variance * count])
+    return torch.cat([mean.new_full((1,), count), mean, variance * count])
 
 
 class _OverProcesses(Function):

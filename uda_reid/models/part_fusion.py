@@ -40,15 +40,16 @@ def _resample(feature_map: Tensor, rows: int, columns: int) -> Tensor:
     if feature_map.shape[-2:] == (rows, columns):
         return feature_map
     # Two matrix products rather than adaptive pooling, whose backward is not deterministic on a GPU.
-    down = _area_weights(feature_map.shape[-2], rows).to(feature_map)
-    across = _area_weights(feature_map.shape[-1], columns).to(feature_map)
+    down = _area_weights(feature_map.shape[-2], rows, feature_map.device).to(feature_map.dtype)
+    across = _area_weights(feature_map.shape[-1], columns, feature_map.device).to(feature_map.dtype)
     return down @ feature_map @ across.T
 
 
-def _area_weights(source: int, target: int) -> Tensor:
-    """[target, source] float: the share of each source cell in each target cell, on a common length."""
-    target_edges = torch.arange(target + 1, dtype=torch.float64) / target
-    source_edges = torch.arange(source + 1, dtype=torch.float64) / source
+def _area_weights(source: int, target: int, device: torch.device) -> Tensor:
+    """[target, source] float64: the share of each source cell in each target cell, on a common length."""
+    # Made where it is used: a copy from the host would make a training step wait for the device.
+    target_edges = torch.arange(target + 1, dtype=torch.float64, device=device) / target
+    source_edges = torch.arange(source + 1, dtype=torch.float64, device=device) / source
     upper = torch.minimum(target_edges[1:, None], source_edges[None, 1:])
     lower = torch.maximum(target_edges[:-1, None], source_edges[None, :-1])
     return (upper - lower).clamp(min=0) * target

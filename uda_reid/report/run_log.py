@@ -58,37 +58,54 @@ class RunLog:
 
     def write_recipe(self, text: str) -> None:
         """Stores the resolved recipe."""
-        if self.writes:
-            write_atomically(self.folder / RECIPE, text)
+        self._write(RECIPE, text)
 
     def write_command(self, command: Mapping[str, Any]) -> None:
         """Stores what was asked for, so that the run can be gone on with."""
-        if self.writes:
-            write_atomically(self.folder / COMMAND, json.dumps(command, indent=2) + "\n")
+        self._write(COMMAND, json.dumps(command, indent=2) + "\n")
 
     def restart(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Leaves in metrics.jsonl the epochs that a saved state holds; later ones will be made again."""
-        if self.writes:
-            write_atomically(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one epoch to metrics.jsonl, on disk before it returns."""
+        """Adds one epoch to metrics.jsonl, on disk before it returns.
+
+        Raises:
+            OSError: there is no room; the file is as it was.
+        """
         if not self.writes:
             return
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with (self.folder / METRICS).open("ab") as file:
+            before = file.tell()
+            try:
+                file.write(json.dumps(row).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(file.fileno(), before)
+                raise
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Stores summary.json, with the versions that produced it."""
-        if self.writes:
-            write_atomically(self.folder / SUMMARY, json.dumps({**summary, "packages": versions()}, indent=2) + "\n")
+        self._write(SUMMARY, json.dumps({**summary, "packages": versions()}, indent=2) + "\n")
 
-    def summary(self) -> dict[str, Any] | None:
-        """The stored summary; None while the run is not finished."""
-        path = self.folder / SUMMARY
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def _write(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
+        try:
+            write_atomically(self.folder / name, text)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder / name} could not be written ({error.strerror}); make room there, and go on with "
+                "--resume if this was a training."
+            ) from error
+
+    def summary(self) -> dict[str, Any]:
+        """The stored summary of a finished run."""
+        content = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        assert isinstance(content, dict)
+        return content
 
 
 def _locked(folder: Path) -> int:

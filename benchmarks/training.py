@@ -1,0 +1,264 @@
+"""How fast a training step and a whole LF2 epoch are, beside the ordinary form of the same loop (plain_lf2.py).
+
+    OMP_WAIT_POLICY=passive python benchmarks/training.py --threads 2             # demo recipe on the CPU
+    python benchmarks/training.py --device cuda --recipe fusionreid --steps 100   # the published size on a GPU
+
+Both forms have the same networks, random weights, images and device and take turns; a ratio is the median over the
+turns, its extremes in brackets. On a GPU this package computes as the recipe says (bfloat16), the plain form in float32
+(as torch does by default: its convolutions may use TF32). Shares of the peak are of the fastest matrix product; they
+count matrix products, convolutions and attentions alone, and for a step those of the bare backbone. The last line is
+JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lf2_works import FORMS, PLAIN, Bench, EpochWorks, StepWorks
+from plain_lf2 import PersonImages, training_transform
+from stopwatch import Work, flops_of, kernel_seconds, median_wall, ratio, take_turns
+from torch.utils.data import DataLoader
+
+from uda_reid.engine.adapt import adapt
+from uda_reid.engine.lf2_step import level_names
+from uda_reid.engine.pseudo_levels import NECKED, cluster_levels, feature_banks
+from uda_reid.report.run_log import versions
+
+Section = tuple[list[str], Any]  # lines of Markdown, and what the JSON holds
+NOT_MEASURED = "not measured"
+SCHEDULE = {"epochs": 80, "steps": 400}  # LF2 as published
+CHECKED = 3  # steps whose losses both forms have to agree on
+SHORT = 5  # turns of a short measurement for each of a long one
+BACKBONES = {"cnn": "ResNet", "vit": "ViT", "fusion_reid": "hybrid"}
+GROUPED, JOINT, SHARED = FORMS
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["-"] * len(head), *rows)]
+
+
+def data_path(bench: Bench) -> Section:
+    """Gather, augment and normalise, against opening, decoding and augmenting every image by itself."""
+    options, settings = bench.options, bench.recipe.adapt
+    dataset = PersonImages(
+        bench.records.paths, bench.data.cameras, training_transform(bench.recipe.images, settings.augment)
+    )
+    batch = settings.identities * settings.instances * len(level_names(settings.parts))
+    order = torch.randperm(len(bench.data), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(bench.device).manual_seed(0)
+
+    def ours() -> None:
+        for indices in order.split(batch):
+            bench.data.augmented(indices, settings.augment, generator, bench.device)
+
+    def one_by_one() -> None:
+        for index in order.tolist():
+            dataset[index]
+
+    def loader() -> None:
+        workers = DataLoader(dataset, batch, sampler=order.tolist(), num_workers=options.loader_workers)
+        for pixels, *_ in workers:
+            pixels.to(bench.device)
+
+    rows, figures = [], []
+    alternatives = [
+        ("a single thread, no workers", 1, one_by_one),
+        (f"{options.threads} threads, {options.loader_workers} workers", options.threads, loader),
+    ]
+    for name, threads, plain in alternatives:
+        torch.set_num_threads(threads)
+        turns = take_turns({"plain": plain, "ours": ours}, options.repeats, bench.device, warm_up=1)
+        speeds = {form: len(order) / median_wall(turns[form]) for form in turns}
+        faster = ratio(turns["plain"], turns["ours"])
+        rows.append([name, f"{speeds['plain']:,.0f}", f"{speeds['ours']:,.0f}", str(faster), f"{faster.processor:.1f}"])
+        figures.append({"setting": name, "images_per_second": speeds, "times_faster": faster._asdict()})
+    torch.set_num_threads(options.threads)
+    head = ["data path", "plain, images/s", "this package, images/s", "times faster", "less processor time"]
+    return table(head, rows), figures
+
+
+def student_step(bench: Bench) -> Section:
+    """Everything of a step but the teacher's forward, against the bare backbone's forward and backward."""
+    rows, figures = [], []
+    peak = bench.peaks[bench.precision]
+    for backbone in bench.options.backbones:
+        for shared in (False, True):
+            works = StepWorks(bench, backbone, shared=shared)
+            flops = flops_of(works.bare)
+            contenders = {"bare": works.bare, "student": works.student}
+            turns = take_turns(contenders, SHORT * bench.options.repeats, bench.device)
+            share = ratio(turns["bare"], turns["student"])
+            speeds = {name: works.images / median_wall(turns[name]) for name in turns}
+            used = {name: flops / median_wall(turns[name]) / peak for name in turns}
+            rows.append(
+                [
+                    BACKBONES.get(backbone, backbone),
+                    str(works.images),
+                    *(f"{speeds[name]:,.0f}" for name in contenders),
+                    str(share),
+                    f"{share.processor:.2f}",
+                    *(f"{100 * used[name]:.0f} %" for name in contenders),
+                ]
+            )
+            row = {"backbone": backbone, "batch": works.images, "images_per_second": speeds, "flops": flops}
+            figures.append({**row, "share_of_bare": share._asdict(), "share_of_peak": used})
+    head = ["backbone", "batch", "bare, images/s", "student step, images/s", "step / bare", "by processor time"]
+    return table([*head, "bare, of peak", "step, of peak"], rows), figures
+
+
+def stages(bench: Bench, epochs: EpochWorks) -> Section:
+    """Images per second of each stage of the recipe's own epoch."""
+    recipe = bench.recipe
+    works = StepWorks(bench, recipe.model.backbone, shared=recipe.adapt.shared_batch)
+    system, run = epochs.system(recipe)
+    generator = torch.Generator(bench.device).manual_seed(0)
+    indices = torch.randint(len(bench.data), (works.images,), generator=torch.Generator().manual_seed(0))
+    extract = partial(
+        feature_banks, system, bench.data, batch=recipe.adapt.bank_batch, mirror=recipe.adapt.mirror, run=run
+    )
+    banks = {level: bank for level, bank in extract().items() if level != NECKED}
+    short: dict[str, Work] = {
+        "augment": lambda: bench.data.augmented(indices, recipe.adapt.augment, generator, bench.device),
+        "student step": works.student,
+        "teacher's forward": works.teacher,
+    }
+    long: dict[str, Work] = {
+        "store (decoding, once a run)": bench.decode,
+        "extraction (student and teacher)": extract,
+        "clustering": lambda: cluster_levels(banks, len(bench.data), 0, recipe.adapt.cluster, run),
+    }
+    turns = take_turns(short, SHORT * bench.options.repeats, bench.device)
+    turns |= take_turns(long, bench.options.repeats, bench.device, warm_up=1)
+    images = dict.fromkeys(short, works.images) | dict.fromkeys(long, len(bench.data))
+    figures = {
+        name: {"images": images[name], "seconds": (seconds := median_wall(turns[name])), "rate": images[name] / seconds}
+        for name in turns
+    }
+    rows = [
+        [name, f"{row['images']:,}", f"{row['seconds']:.4f}", f"{row['rate']:,.0f}"] for name, row in figures.items()
+    ]
+    return table(["stage", "images", "seconds", "images/s"], rows), figures
+
+
+def first_losses(epochs: EpochWorks) -> Section:
+    """Largest relative difference of a loss between the forms over the first steps, nothing being augmented."""
+    still = ["adapt.augment.flip=0", "adapt.augment.pad=0", "adapt.augment.erase=0", "training.precision=float32"]
+    still += [f"adapt.steps={CHECKED}", "adapt.optim.warmup_epochs=0"]
+    plain, ours = (epochs.epoch(form, *still) for form in (PLAIN, GROUPED))
+    difference = max(abs(plain.losses[name] / ours.losses[name] - 1) for name in plain.losses)
+    same = plain.clusters == ours.clusters
+    line = (
+        f"First {CHECKED} steps in float32 without augmentation, plain against '{GROUPED}': mean losses differ by "
+        f"{difference:.1e} at most (relative), clusters {'are the same' if same else 'differ'}."
+    )
+    return [line], {"largest_relative_difference": difference, "same_clusters": same}
+
+
+def whole_epoch(bench: Bench, epochs: EpochWorks) -> Section:
+    """Extraction, clustering and steps, each form in turn."""
+    forms, settings = [PLAIN, *FORMS], bench.recipe.adapt
+    for form in forms:
+        epochs.epoch(form, "adapt.steps=2")  # warm-up
+    found = [{form: epochs.epoch(form) for form in forms} for _ in range(bench.options.repeats)]
+    turns = {form: [turn[form].took for turn in found] for form in forms}
+    each = settings.identities * settings.instances
+    works = StepWorks(bench, bench.recipe.model.backbone, shared=False)
+    one_way, both_ways = flops_of(works.teacher) / works.images, flops_of(works.bare) / works.images
+    passes = 2 * (1 + settings.mirror)  # of student and teacher
+    rows: list[list[str]] = []
+    figures: dict[str, dict[str, Any]] = {}
+    for form in forms:
+        levels = 1 if form == SHARED else settings.parts + 1
+        read = 1 if form == SHARED else settings.parts  # levels whose teacher's map a loss reads
+        images, seconds = levels * each * settings.steps, median_wall(turns[form])
+        flops = passes * len(bench.data) * one_way + settings.steps * each * (levels * both_ways + read * one_way)
+        peak = bench.peaks["float32" if form == PLAIN else bench.precision]
+        faster = ratio(turns[PLAIN], turns[form])
+        used = flops / seconds / peak
+        cells = [f"{seconds:.2f}", f"{images / seconds:,.0f}", f"{100 * used:.0f} %", str(faster)]
+        rows.append([form, *cells, f"{faster.processor:.2f}"])
+        figures[form] = {"seconds": seconds, "images_trained": images, "images_per_second": images / seconds}
+        figures[form] |= {"share_of_peak": used, "times_faster": faster._asdict(), "clusters": found[0][form].clusters}
+    head = ["epoch", "seconds", "images trained/s", "of peak", "times faster than plain", "less processor time"]
+    return table(head, rows), figures
+
+
+def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Section:
+    """What only a GPU has: how long it idles; and how long LF2's full schedule would take there."""
+    projected: dict[str, Any] = dict.fromkeys((PLAIN, *FORMS), NOT_MEASURED)
+    idle: Any = NOT_MEASURED
+    if bench.on_gpu:
+        once = steps["extraction (student and teacher)"]["seconds"] + steps["clustering"]["seconds"]
+        for form, row in timed.items():
+            step = (row["seconds"] - once) / bench.recipe.adapt.steps
+            projected[form] = SCHEDULE["epochs"] * (once + SCHEDULE["steps"] * step) / 3600
+        recipe = bench.recipe_with("adapt.shared_batch=false")
+        system, run = epochs.system(recipe)
+        work = partial(adapt, system, bench.data, recipe.adapt, run)
+        idle = 1 - kernel_seconds(work, bench.device) / timed[JOINT]["seconds"]
+    shown = {form: f"{hours:.1f}" if bench.on_gpu else hours for form, hours in projected.items()}
+    lines = table(["LF2's full schedule (80 x 400 steps), hours", *shown], [["projected", *shown.values()]])
+    lines += ["", f"Share of an epoch ('{JOINT}') in which the GPU idles: {idle}"]
+    return lines, {"projected_hours": projected, "idle_share": idle}
+
+
+def measure(bench: Bench) -> tuple[list[str], dict[str, Any]]:
+    """Every section, as Markdown and for the JSON."""
+    sections = [("Data path", "data_path", data_path(bench)), ("Student step", "student_step", student_step(bench))]
+    epochs = EpochWorks(bench)
+    sections.append(("Stages", "stages", staged := stages(bench, epochs)))
+    sections.append(("The same work", "first_losses", first_losses(epochs)))
+    sections.append(("Epoch", "epoch", timed := whole_epoch(bench, epochs)))
+    sections.append(("GPU", "gpu", on_the_gpu(bench, epochs, timed[1], staged[1])))
+    lines = [line for title, _, (body, _) in sections for line in ("", f"## {title}", "", *body)]
+    return lines, {key: figures for _, key, (_, figures) in sections}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="demo", help="trunks, image size and settings of both forms")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
+    parser.add_argument("--target", default="station", help="data set whose training images are used")
+    parser.add_argument("--data-root", type=Path, default=Path("data"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of this process")
+    parser.add_argument("--loader-workers", type=int, default=os.cpu_count() or 1, help="processes of the plain form")
+    parser.add_argument("--lean-plain", action="store_true", help="plain form without the teacher's unread forward")
+    parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), help="whose student step is measured")
+    parser.add_argument("--steps", type=int, default=80, help="steps of a measured epoch")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each form")
+    parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    bench = Bench(options)
+    peaks = ", ".join(f"{name} {peak / 1e12:,.2f}" for name, peak in bench.peaks.items())
+    device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else platform.machine()
+    lines = [
+        f"    python benchmarks/training.py {' '.join(sys.argv[1:])}",
+        "",
+        f"{len(bench.data):,} images of {options.target} at {bench.recipe.images.height}x{bench.recipe.images.width}, "
+        f"{device}, {os.cpu_count()} cores, {options.threads} threads. This package computes in {bench.precision}, the "
+        f"plain form in float32; measured peak of matrix products in TFLOP/s: {peaks}. "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + ".",
+    ]
+    print("\n".join(lines), flush=True)
+    body, figures = measure(bench)
+    print("\n".join(body))
+    if options.out is not None:
+        options.out.write_text("\n".join(["# Training speed", "", *lines, *body, ""]), encoding="utf-8")
+    print(json.dumps({"benchmark": "training", "device": str(device), "peaks": bench.peaks, **figures}))
+
+
+if __name__ == "__main__":
+    main()

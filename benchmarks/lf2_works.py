@@ -93,7 +93,7 @@ class StepWorks:
         recipe = bench.recipe_with(f"model.backbone={backbone}")
         self.settings = settings = recipe.adapt
         self.system, self.run = bench.system(recipe)
-        self.trunk: Any = deepcopy(self.system.student.reid.backbone)
+        self.trunk = deepcopy(self.system.student.get_submodule("reid.backbone"))
         levels, each = level_names(settings.parts), settings.identities * settings.instances
         self.images = each if shared else each * len(levels)
         starts = [0 if shared else i * each for i in range(len(levels))]

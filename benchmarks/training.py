@@ -211,12 +211,20 @@ def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Sect
 
 def measure(bench: Bench) -> tuple[list[str], dict[str, Any]]:
     """Every section, as Markdown and for the JSON."""
-    sections = [("Data path", "data_path", data_path(bench)), ("Student step", "student_step", student_step(bench))]
+    sections = [("Student step", "student_step", student_step(bench))]
+    if bench.options.step_alone:
+        return joined(sections)
+    sections.insert(0, ("Data path", "data_path", data_path(bench)))
     epochs = EpochWorks(bench)
     sections.append(("Stages", "stages", staged := stages(bench, epochs)))
     sections.append(("The same work", "first_losses", first_losses(epochs)))
     sections.append(("Epoch", "epoch", timed := whole_epoch(bench, epochs)))
     sections.append(("GPU", "gpu", on_the_gpu(bench, epochs, timed[1], staged[1])))
+    return joined(sections)
+
+
+def joined(sections: list[tuple[str, str, Section]]) -> tuple[list[str], dict[str, Any]]:
+    """The sections under their titles, and what the JSON holds of them."""
     lines = [line for title, _, (body, _) in sections for line in ("", f"## {title}", "", *body)]
     return lines, {key: figures for _, key, (_, figures) in sections}
 
@@ -232,6 +240,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loader-workers", type=int, default=os.cpu_count() or 1, help="processes of the plain form")
     parser.add_argument("--lean-plain", action="store_true", help="plain form without the teacher's unread forward")
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), help="whose student step is measured")
+    parser.add_argument("--step-alone", action="store_true", help="measure the student step and nothing else")
     parser.add_argument("--steps", type=int, default=80, help="steps of a measured epoch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each form")
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")

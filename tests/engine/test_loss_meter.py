@@ -61,6 +61,8 @@ def test_good_steps_in_between_start_the_count_anew() -> None:
     for skipped in (1, 0, 1, 0, 1):
         watching.note("step", report(math.nan if skipped else 1.0, skipped), torch.tensor([0]))
     watching.settle()
+    with pytest.raises(UserError, match="At the second in a row"):
+        watching.note("the second in a row", report(math.nan, 1), torch.tensor([0]))
 
 
 def test_a_gradient_alone_is_named_as_one() -> None:

@@ -98,9 +98,10 @@ def test_no_step_waits_for_the_gpu(
 ) -> None:
     """As CUDA itself sees it, copies from the host included."""
     recipe = override_recipe(tiny_recipe, ["pretrain.epochs=1", "adapt.epochs=1", *SYSTEMS[system]])
-    real = steps._take_step
+    real, taken = steps._take_step, []
 
     def strict(plan: Any, step: int, *arguments: Any) -> int:
+        taken.append(step)
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step makes what later ones reuse
         try:
             return real(plan, step, *arguments)
@@ -109,6 +110,7 @@ def test_no_step_waits_for_the_gpu(
 
     monkeypatch.setattr(steps, "_take_step", strict)
     train(stage, recipe, tiny_root, replace(run, device=torch.device("cuda")))
+    assert max(taken) > 0
 
 
 def train(stage: str, recipe: Recipe, root: Path, run: Run) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from uda_reid.data.records import UNKNOWN, Records, make_records
 from uda_reid.errors import UserError
+from uda_reid.retrieval.sharded import shard_bounds
 
 CHUNK = 1024  # images decoded between two progress reports
 # Of a GPU's free memory, what images may take: networks, optimiser and activations, most of which come later, need the
@@ -104,7 +105,7 @@ class Sharing:
 
     def rows(self, images: int) -> slice:
         """The images that this process decodes."""
-        return slice(images * self.rank // self.world_size, images * (self.rank + 1) // self.world_size)
+        return slice(*shard_bounds(images, self.rank, self.world_size))
 
 
 def decode(path: Path, settings: ImageSettings) -> np.ndarray:

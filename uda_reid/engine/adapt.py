@@ -21,7 +21,7 @@ from uda_reid.engine.level_batches import LevelBatches
 from uda_reid.engine.lf2_step import GLOBAL, LF2Forward, LF2System, level_names, lf2_losses, loss_names
 from uda_reid.engine.loss_meter import LossMeter, Watch
 from uda_reid.engine.optim import OptimSettings, make_optimiser
-from uda_reid.engine.packing import pack_module, pack_optimiser, unpack_module, unpack_optimiser
+from uda_reid.engine.packing import pack, unpack
 from uda_reid.engine.progress import Progress
 from uda_reid.engine.pseudo_levels import NECKED, can_train, classifier_from, cluster_levels, feature_banks
 from uda_reid.engine.refresh import refresh_statistics
@@ -128,11 +128,12 @@ class _EpochHeads:
         heads = {"classifier": self.classifier, "cross_classifiers": self.cross_classifiers}
         return {name: head for name, head in heads.items() if head is not None}
 
+    def optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        return {} if self.optimiser is None else {"head_optimiser": self.optimiser}
+
     def tensors(self) -> dict[str, Tensor]:
-        tensors = {f"{LABELS}{level}": found.labels for level, found in self.labels.items()}
-        for name, head in self.modules().items():
-            tensors |= pack_module(head, name)
-        return tensors | (pack_optimiser(self.optimiser, "head_optimiser") if self.optimiser is not None else {})
+        labels = {f"{LABELS}{level}": found.labels for level, found in self.labels.items()}
+        return labels | pack(self.modules(), self.optimisers())
 
 
 class _Adaptation:
@@ -146,9 +147,7 @@ class _Adaptation:
         self.optimiser = make_optimiser(system.trained(), settings.optim)
         self.watch = Watch(settings.loss_names, run.training.patience, target.files, "adapt")
         if progress.tensors is not None:
-            for name, module in self._named().items():
-                unpack_module(module, progress.tensors, name)
-            unpack_optimiser(self.optimiser, progress.tensors, "optimiser")
+            unpack(self._named(), {"optimiser": self.optimiser}, progress.tensors)
         elif settings.refresh_statistics:
             refresh_statistics(system, target, settings.bank_batch, run)
 
@@ -196,10 +195,7 @@ class _Adaptation:
             widths = self.system.student.reid.output_widths
             classifier = Classifiers(widths, labels[GLOBAL].clusters).to(self.run.device)
         heads = self._heads(labels, classifier)
-        for name, head in heads.modules().items():
-            unpack_module(head, tensors, name)
-        if heads.optimiser is not None:
-            unpack_optimiser(heads.optimiser, tensors, "head_optimiser")
+        unpack(heads.modules(), heads.optimisers(), tensors)
         meter.sums.copy_(tensors["meter"])
         return heads
 
@@ -219,7 +215,7 @@ class _Adaptation:
             network.train()
         networks = [part for part in (system.student, system.fusion) if part is not None]
         whole_batch = [*heads.modules().values(), *([system.cross] if system.cross is not None else [])]
-        optimisers = [self.optimiser, *([heads.optimiser] if heads.optimiser is not None else [])]
+        optimisers = [self.optimiser, *heads.optimisers().values()]
         return EpochPlan(
             epoch=epoch,
             epochs=settings.epochs,
@@ -253,12 +249,13 @@ class _Adaptation:
     def _report(self, epoch: int, labels: Mapping[str, PseudoLabels], meter: LossMeter, seconds: float) -> None:
         """Prints and keeps the epoch's row, and saves the place after it."""
         sat_out = [level for level, found in labels.items() if not can_train(found)]
+        losses = meter.means()
         row = {
             "epoch": epoch + 1,
             "clusters": {level: found.clusters for level, found in labels.items()},
             "outliers": {level: found.outliers for level, found in labels.items()},
             "sat_out": sat_out,
-            "losses": meter.means(),
+            "losses": losses,
             "steps": self.settings.steps if len(sat_out) < len(labels) else 0,
             "skipped": meter.skipped,
             "seconds": seconds,
@@ -266,7 +263,7 @@ class _Adaptation:
         cells = [
             f"{epoch + 1}/{self.settings.epochs}",
             *(f"{found.clusters}/{found.outliers}" for found in labels.values()),
-            " ".join(f"{loss:.3f}" for loss in meter.means().values()),
+            " ".join(f"{loss:.3f}" for loss in losses.values()),
             str(row["steps"]),
             f"{seconds:.1f}",
         ]
@@ -282,10 +279,7 @@ class _Adaptation:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that the next epoch depends on, beside its place and the seed."""
-        tensors = pack_optimiser(self.optimiser, "optimiser")
-        for name, module in self._named().items():
-            tensors |= pack_module(module, name)
-        return tensors
+        return pack(self._named(), {"optimiser": self.optimiser})
 
 
 def _columns(settings: AdaptSettings) -> dict[str, int]:

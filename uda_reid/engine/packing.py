@@ -9,6 +9,26 @@ from torch import Tensor, nn
 from uda_reid.errors import UserError
 
 
+def pack(modules: Mapping[str, nn.Module], optimisers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """`pack_module` and `pack_optimiser` of each, under its name."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors |= pack_module(module, name)
+    for name, optimiser in optimisers.items():
+        tensors |= pack_optimiser(optimiser, name)
+    return tensors
+
+
+def unpack(
+    modules: Mapping[str, nn.Module], optimisers: Mapping[str, torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Brings back what `pack` gave; raises as `unpack_module` and `unpack_optimiser` do."""
+    for name, module in modules.items():
+        unpack_module(module, tensors, name)
+    for name, optimiser in optimisers.items():
+        unpack_optimiser(optimiser, tensors, name)
+
+
 def pack_module(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """The tensors of a module's state_dict, themselves and not copies, as `prefix`.name.
 

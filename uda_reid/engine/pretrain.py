@@ -16,7 +16,7 @@ from uda_reid.engine.cross_step import CrossInstance, CrossInstanceSettings, mak
 from uda_reid.engine.level_batches import LevelBatches
 from uda_reid.engine.loss_meter import LossMeter, Watch
 from uda_reid.engine.optim import OptimSettings, learning_rate_factor, make_optimiser
-from uda_reid.engine.packing import pack_module, pack_optimiser, unpack_module, unpack_optimiser
+from uda_reid.engine.packing import pack, unpack
 from uda_reid.engine.prepare import compile_network, prepare_network
 from uda_reid.engine.progress import Progress
 from uda_reid.engine.run import Run
@@ -180,9 +180,7 @@ class _SourceTraining:
             module.to(run.device).train()
         self.optimiser = make_optimiser(system.modules(), settings.optim)
         if progress.tensors is not None:
-            for name, module in self._named().items():
-                unpack_module(module, progress.tensors, name)
-            unpack_optimiser(self.optimiser, progress.tensors, "optimiser")
+            unpack(self._named(), {"optimiser": self.optimiser}, progress.tensors)
         compile_network(system.model, run)
         forward = SourceForward(system.model, with_map=system.cross is not None)
         self.forward = run.team.wrapped(forward, some_unused=False)
@@ -248,7 +246,4 @@ class _SourceTraining:
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, beside its place and the seed."""
-        tensors = pack_optimiser(self.optimiser, "optimiser")
-        for name, module in self._named().items():
-            tensors |= pack_module(module, name)
-        return tensors
+        return pack(self._named(), {"optimiser": self.optimiser})

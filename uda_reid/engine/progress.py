@@ -1,7 +1,7 @@
 """Where a training stands, and the saved states from which a killed one goes on."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -23,9 +23,9 @@ class Progress:
         states: where to save; None keeps nothing.
         minutes: between two saves within an epoch.
         found: the state to go on from; None begins at the start.
-        facts: JSON that is kept beside every state and that `found` brings back.
 
     Attributes:
+        facts: JSON that is kept beside every state, and that `found` brings back.
         epoch, step: the next step to take.
         rows: of the epochs done.
         seconds: spent in the epoch so far.
@@ -37,13 +37,12 @@ class Progress:
         states: RunStates | None = None,
         minutes: float = 10.0,
         found: RunState | None = None,
-        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self._states = states
         self._minutes = minutes
         self._saved = perf_counter()
         position = found.facts if found is not None else {}
-        self.facts: dict[str, Any] = dict(facts or {}) | position.get("kept", {})
+        self.facts: dict[str, Any] = dict(position.get("kept", {}))
         self.epoch = int(position.get("epoch", 0))
         self.step = int(position.get("step", 0))
         self.rows: Rows = list(position.get("rows", []))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.sharded import shard_bounds
+from uda_reid.retrieval.sharded import gather_shares, shard_bounds
 
 # What a model says of the images of each level: level -> tensors whose first dimension is the images.
 Features = dict[str, tuple[Tensor, ...]]
@@ -66,12 +66,7 @@ class Team:
         """The shares [n, ...] of all processes one under the other, [total, ...]; no gradient passes."""
         if self.size == 1:
             return rows
-        counts = [_length(self.share(total, rank)) for rank in range(self.size)]
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        return gather_shares(rows, [_length(self.share(total, rank)) for rank in range(self.size)])
 
     def join_features(self, features: Features, totals: Mapping[str, int]) -> Features:
         """`join` for all levels at once, with gradients, in one exchange.
@@ -151,11 +146,7 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own: Tensor, lengths: list[int], rank: int) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.start, ctx.length, ctx.factor = sum(lengths[:rank]), lengths[rank], len(lengths)
-        padded = own.new_zeros(max(lengths))
-        padded[: len(own)] = own
-        parts = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return gather_shares(own, lengths)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]

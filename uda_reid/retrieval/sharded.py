@@ -4,7 +4,7 @@ Every process ends with the neighbours of the whole bank, equal to the last bit 
 similarities are exact (`bank.pair_similarities`) and each process keeps the best k of each block it meets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,20 @@ from uda_reid.retrieval.precision import full_precision
 def shard_bounds(n: int, rank: int, world_size: int) -> tuple[int, int]:
     """First row and end of a process's share of n rows; shares differ by one row at most."""
     return n * rank // world_size, n * (rank + 1) // world_size
+
+
+def gather_shares(share: Tensor, counts: Sequence[int]) -> Tensor:
+    """All processes' [n, ...] one under the other, [N, ...]; padded on the way, since shares may differ in length.
+
+    Args:
+        share: this process's rows.
+        counts: rows of each process.
+    """
+    padded = share.new_zeros(max(counts), *share.shape[1:])
+    padded[: len(share)] = share
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 class ShardedBank:
@@ -132,11 +146,8 @@ class ShardedBank:
             block = coming
 
     def _rows_of_all(self, rows: Tensor, counts: list[int] | None = None) -> Tensor:
-        """All processes' [n, W] one under the other; padded on the way, since shares may differ in length."""
-        counts = self.counts if counts is None else counts
-        padded = rows.new_zeros(max(counts), rows.shape[1])
-        padded[: len(rows)] = rows
-        return torch.cat([part[:n] for part, n in zip(self._gathered(padded), counts, strict=True)])
+        """All processes' [n, W] one under the other."""
+        return gather_shares(rows, self.counts if counts is None else counts)
 
     def _gathered(self, rows: Tensor) -> Tensor:
         """[W, ...] what each process holds; all must be of one shape."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import is_finished, open_data, run_adapt
+from uda_reid.build import open_data, run_adapt
 from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
 from uda_reid.cli.options import (
     RUNS,
@@ -16,8 +16,9 @@ from uda_reid.cli.options import (
     resume_option,
     run_options,
     set_option,
+    stored_run,
 )
-from uda_reid.cli.task import Task, stored_task
+from uda_reid.cli.task import Task
 from uda_reid.networks import load_source_model, take_model_from
 from uda_reid.recipe import load_recipe
 
@@ -55,11 +56,10 @@ def adapt(
     test split, accuracy is shown before and after; it decides nothing: the last epoch is the result.
     """
     if resume is not None:
-        task, recipe = stored_task(resume, "adapt", context)
-        bare = join_run(task.seed, task.device)
-        if is_finished(resume):
-            bare.reporter.say(f"{resume} is finished; there is nothing to resume.")
+        stored = stored_run(resume, "adapt", context)
+        if stored is None:
             return
+        task, recipe, bare = stored
         model, checkpoint, _ = load_source_model(Path(task.init), bare, task.overrides)
     elif target is not None:
         bare = join_run(seed, device)

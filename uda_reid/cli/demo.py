@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import is_finished, open_data, run_demo
+from uda_reid.build import open_data, run_demo
 from uda_reid.cli.options import (
     data_root_option,
     join_run,
@@ -13,8 +13,9 @@ from uda_reid.cli.options import (
     resume_option,
     run_options,
     set_option,
+    stored_run,
 )
-from uda_reid.cli.task import Task, stored_task
+from uda_reid.cli.task import Task
 from uda_reid.recipe import load_recipe
 
 SOURCE, TARGET = "plaza", "station"
@@ -42,11 +43,10 @@ def demo(
     Both domains are rendered on first use; nothing is downloaded. A few minutes on two processor cores.
     """
     if resume is not None:
-        task, recipe = stored_task(resume, "demo", context)
-        bare = join_run(task.seed, task.device)
-        if is_finished(resume):
-            bare.reporter.say(f"{resume} is finished; there is nothing to resume.")
+        stored = stored_run(resume, "demo", context)
+        if stored is None:
             return
+        task, recipe, bare = stored
     else:
         bare = join_run(seed, device)
         recipe = load_recipe(recipe_name or "demo", overrides)

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from uda_reid.cli.task import Task
+from uda_reid.build import is_finished
+from uda_reid.cli.task import Task, stored_task
 from uda_reid.engine.run import Run, pick_device
 from uda_reid.engine.team import team_from_environment
 from uda_reid.recipe import Recipe, dump_recipe
@@ -82,6 +83,16 @@ def join_run(seed: int, device: str) -> Run:
     team, place = team_from_environment(pick_device(device))
     reporter = Reporter() if team.leads else Reporter(StringIO())
     return Run(place, seed, reporter, team=team)
+
+
+def stored_run(folder: Path, command: str, context: click.Context) -> tuple[Task, Recipe, Run] | None:
+    """What `--resume` goes on with; None, and a sentence, where the run is finished. Raises as `stored_task`."""
+    task, recipe = stored_task(folder, command, context)
+    bare = join_run(task.seed, task.device)
+    if is_finished(folder):
+        bare.reporter.say(f"{folder} is finished; there is nothing to resume.")
+        return None
+    return task, recipe, bare
 
 
 def open_run(run: Run, task: Task, recipe: Recipe, out: Path | None, resume: Path | None) -> Run:

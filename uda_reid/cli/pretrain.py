@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import is_finished, open_data, run_pretrain
+from uda_reid.build import open_data, run_pretrain
 from uda_reid.cli.options import (
     data_root_option,
     default_recipe,
@@ -14,8 +14,9 @@ from uda_reid.cli.options import (
     resume_option,
     run_options,
     set_option,
+    stored_run,
 )
-from uda_reid.cli.task import Task, stored_task
+from uda_reid.cli.task import Task
 from uda_reid.recipe import load_recipe
 
 
@@ -43,11 +44,10 @@ def pretrain(
     The result is OUT/checkpoint.safetensors; `adapt` goes on from it.
     """
     if resume is not None:
-        task, recipe = stored_task(resume, "pretrain", context)
-        bare = join_run(task.seed, task.device)
-        if is_finished(resume):
-            bare.reporter.say(f"{resume} is finished; there is nothing to resume.")
+        stored = stored_run(resume, "pretrain", context)
+        if stored is None:
             return
+        task, recipe, bare = stored
     elif source is not None:
         bare = join_run(seed, device)
         name = recipe_name or default_recipe(source, "fusionreid")

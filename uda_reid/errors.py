@@ -1,5 +1,5 @@
-"""The one exception that the command line prints without a traceback."""
+"""The one root of everything a user is told: the command line prints it without a traceback."""
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence with what was expected, what came and what to do."""
+    """Something the user can correct: one sentence with what was expected, what was received and what to do."""

@@ -1,0 +1,498 @@
+"""Every setting of the toolkit with its default, as frozen dataclasses that refuse values out of range.
+
+Nothing here imports torch, so the command line can list and check recipes at once. Each part of the package takes its
+own settings object; only `recipe`, `build` and `cli` see a whole `Recipe`.
+"""
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from uda_reid.errors import UserError
+
+BACKBONES = ("fusion_reid", "sam_ibn", "cnn", "vit")
+POOLINGS = ("gem", "avg", "avg+max")
+NECK_FEATURES = ("before", "after")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+SCHEDULES = ("cosine", "multistep", "constant")
+PRECISIONS = ("auto", "bfloat16", "float32")
+STORES = ("auto", "device", "pinned", "memory", "file")
+ERASE_FILLS = ("noise", "mean")
+CLUSTER_METHODS = ("dbscan", "kmeans")
+SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key} must be one of {', '.join(choices)}, got '{value}'.")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Input size, normalization, and where decoded images are kept.
+
+    Attributes:
+        height, width: pixels.
+        mean, std: per channel, of values in [0, 1].
+        store: "device" (on a CPU, memory), "pinned" (memory that a GPU reads by itself), "memory", "file" (a
+            memory-mapped file), or "auto", which chooses by the size of the set (`data.image_store`).
+        memory_limit_gib: size above which "auto" uses a memory-mapped file.
+    """
+
+    height: int = 256
+    width: int = 128
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    store: str = "auto"
+    memory_limit_gib: float = 8.0
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise UserError(f"images.height and images.width must be 1 or more, got {self.height} and {self.width}.")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError("images.mean and images.std must be three numbers each, one per channel, std above 0.")
+        _check_choice("images.store", self.store, STORES)
+
+    def bytes_of(self, images: int) -> int:
+        """Returns the size in bytes of that many decoded images."""
+        return images * 3 * self.height * self.width
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """Training augmentation.
+
+    Attributes:
+        flip, erase: probabilities in [0, 1].
+        pad: pixels added on each side before the random crop.
+        erase_fill: "noise" (a normal draw per pixel) or "mean" (zero after normalization).
+    """
+
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.5
+    erase_fill: str = "noise"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.flip <= 1 and 0 <= self.erase <= 1):
+            raise UserError(f"augment.flip and augment.erase must be in [0, 1], got {self.flip} and {self.erase}.")
+        if self.pad < 0:
+            raise UserError(f"augment.pad must be 0 pixels or more, got {self.pad}.")
+        _check_choice("augment.erase_fill", self.erase_fill, ERASE_FILLS)
+
+
+@dataclass(frozen=True)
+class CnnSettings:
+    """A convolutional network of timm.
+
+    Attributes:
+        name, options: passed to `timm.create_model`.
+        weights: "none", "timm" or the path of a file.
+        last_stride: 1 keeps the finer grid in the last stage; 2 is the network as published.
+        stem_pool: False removes the pooling after a ResNet's stem, for small images.
+        pooling: how `backbone = "cnn"` turns its map into the global vector: "gem", "avg" or "avg+max" (their sum).
+    """
+
+    name: str = "resnet50"
+    weights: str = "none"
+    last_stride: int = 1
+    stem_pool: bool = True
+    pooling: str = "gem"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_choice("model.cnn.pooling", self.pooling, POOLINGS)
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """A plain vision transformer of timm.
+
+    Attributes:
+        name, options: passed to `timm.create_model`.
+        weights: "none", "timm" or the path of a file.
+        patch_stride: pixels between patches; below the patch size they overlap.
+        drop_path: stochastic depth of the last block.
+        camera_embedding: learn one embedding per source camera.
+    """
+
+    name: str = "vit_base_patch16_224"
+    weights: str = "none"
+    patch_stride: int = 12
+    drop_path: float = 0.0
+    camera_embedding: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """The mutual fusion of FusionReID, with a switch for each part of it (METHODS, section 1).
+
+    Attributes:
+        width: D of the query and patch tokens.
+        heads: attention heads.
+        mlp_ratio: hidden width of each MLP over D.
+        layers: L, stacked HTMs; 0 leaves the HTM out and with it the two fused outputs.
+        shared_encoder: one SEU for both branches (paper) or one each (released code).
+        lru: False replaces each local refinement unit by a linear projection to D.
+        lru_kernel: odd side of the depthwise kernel.
+        seu: False lets the mutual fusion units read the refined tokens directly.
+        mfu: False takes the query tokens as the encoding unit returns them.
+    """
+
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    layers: int = 2
+    shared_encoder: bool = True
+    lru: bool = True
+    lru_kernel: int = 1
+    seu: bool = True
+    mfu: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.layers <= 6:
+            raise UserError(f"model.fusion.layers must be in 0..6 (the paper uses 2), got {self.layers}.")
+        if self.layers and not (self.seu or self.mfu):
+            raise UserError(
+                "model.fusion.seu and model.fusion.mfu are both false, which leaves an empty HTM; use "
+                "model.fusion.layers = 0 to leave the HTM out."
+            )
+        if self.width % self.heads:
+            raise UserError(
+                f"model.fusion.width must be a multiple of model.fusion.heads, got {self.width} and {self.heads}; "
+                f"choose e.g. {self.width - self.width % self.heads or self.heads}."
+            )
+
+
+@dataclass(frozen=True)
+class SamIbnSettings:
+    """ResNet50-IBN-a with self-attention, channel attention and mid/high-level fusion, a switch for each.
+
+    Attributes:
+        weights: "none" or the path of a ResNet50-IBN-a file.
+        attention: self-attention in place of the 3x3 convolutions of Conv4_x and Conv5_x.
+        eca: efficient channel attention after each of Conv1_x to Conv5_x.
+        fusion: join Conv3_x and Conv4_x to the last map.
+        heads: of each attention layer.
+        last_stride, stem_pool, options: as in `CnnSettings`.
+        pooling: map to vector: "gem", "avg" (paper) or "avg+max".
+    """
+
+    weights: str = "none"
+    attention: bool = True
+    eca: bool = True
+    fusion: bool = True
+    heads: int = 4
+    last_stride: int = 2
+    stem_pool: bool = True
+    pooling: str = "avg"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_choice("model.sam_ibn.pooling", self.pooling, POOLINGS)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which backbone, and which of its outputs are compared at retrieval.
+
+    Attributes:
+        descriptor: names of the outputs that make the retrieval feature; empty for all.
+        neck_feature: compare embeddings "before" or "after" their neck, in retrieval and in clustering.
+    """
+
+    backbone: str = "fusion_reid"
+    descriptor: tuple[str, ...] = ()
+    neck_feature: str = "before"
+    cnn: CnnSettings = field(default_factory=CnnSettings)
+    transformer: TransformerSettings = field(default_factory=TransformerSettings)
+    fusion: FusionSettings = field(default_factory=FusionSettings)
+    sam_ibn: SamIbnSettings = field(default_factory=SamIbnSettings)
+
+    def __post_init__(self) -> None:
+        _check_choice("model.backbone", self.backbone, BACKBONES)
+        _check_choice("model.neck_feature", self.neck_feature, NECK_FEATURES)
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimizer and learning-rate schedule.
+
+    Attributes:
+        bias_factor: learning rate of biases over that of the other parameters.
+        warmup_epochs: linear rise from `warmup_start` (a fraction of the full rate) to the full rate.
+        final_fraction: where the cosine ends, as a fraction of the full rate.
+        milestones: epochs at which "multistep" multiplies the rate by `gamma`.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 3.5e-4
+    bias_factor: float = 1.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "constant"
+    warmup_epochs: int = 0
+    warmup_start: float = 0.01
+    final_fraction: float = 0.002
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_choice("optim.name", self.name, OPTIMIZERS)
+        _check_choice("optim.schedule", self.schedule, SCHEDULES)
+        if self.learning_rate <= 0:
+            raise UserError(f"optim.learning_rate must be above 0, got {self.learning_rate}.")
+
+
+@dataclass(frozen=True)
+class CrossInstanceSettings:
+    """The X-ReID objective: weights of its two modules (0 switches one off) and their size.
+
+    Attributes:
+        output: name of the backbone's output that is promoted to identity level; empty for its last one.
+    """
+
+    intra: float = 0.0
+    inter: float = 0.0
+    output: str = ""
+    heads: int = 8
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        if min(self.intra, self.inter) < 0:
+            raise UserError(
+                f"cross_instance.intra and cross_instance.inter must be weights of 0 or more, got {self.intra} and "
+                f"{self.inter}."
+            )
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses that these settings switch on."""
+        return ("intra",) * (self.intra > 0) + ("inter",) * (self.inter > 0)
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Length, batches and losses of source training.
+
+    Attributes:
+        steps: batches an epoch; 0 for as many as the images fill.
+        identities, instances: P and K of a batch.
+    """
+
+    epochs: int = 180
+    steps: int = 0
+    identities: int = 8
+    instances: int = 16
+    label_smoothing: float = 0.1
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    cross_instance: CrossInstanceSettings = field(default_factory=CrossInstanceSettings)
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.steps < 0:
+            raise UserError(
+                f"pretrain.epochs must be 1 or more and pretrain.steps 0 or more, got {self.epochs} and {self.steps}."
+            )
+        _check_batch("pretrain", self.identities, self.instances)
+
+    def steps_for(self, images: int) -> int:
+        """Returns the batches of an epoch over that many images."""
+        return self.steps or ceil(images / (self.identities * self.instances))
+
+
+def _check_batch(section: str, identities: int, instances: int) -> None:
+    if min(identities, instances) < 2:
+        raise UserError(
+            f"{section}.identities and {section}.instances must be 2 or more, got {identities} and {instances}; a "
+            "triplet needs a second image of one identity and one of another."
+        )
+
+
+@dataclass(frozen=True)
+class ClusterSettings:
+    """How pseudo-labels are made.
+
+    Attributes:
+        method: "dbscan" on the k-reciprocal Jaccard distance, or "kmeans".
+        k1, k2: size of the neighbor lists, and rows averaged in the query expansion.
+        eps: largest Jaccard distance between neighbors; 0.4 to 0.7 in use.
+        min_samples: points within eps that make a point core, itself included.
+        clusters: number of clusters of k-means.
+        backend: of the neighbor search.
+    """
+
+    method: str = "dbscan"
+    k1: int = 30
+    k2: int = 6
+    eps: float = 0.6
+    min_samples: int = 4
+    clusters: int = 700
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_choice("cluster.method", self.method, CLUSTER_METHODS)
+        _check_choice("cluster.backend", self.backend, SEARCH_BACKENDS)
+        if not 1 <= self.k2 <= self.k1:
+            raise UserError(f"cluster.k2 must be between 1 and cluster.k1, got k1 = {self.k1} and k2 = {self.k2}.")
+        if not 0 < self.eps < 1:
+            raise UserError(f"cluster.eps must be above 0 and below 1, got {self.eps}.")
+        if self.min_samples < 1 or self.clusters < 1:
+            raise UserError(
+                f"cluster.min_samples and cluster.clusters must be 1 or more, got {self.min_samples} and "
+                f"{self.clusters}."
+            )
+
+
+@dataclass(frozen=True)
+class BaselineSettings:
+    """Strategy "baseline": cross-entropy and triplet on the global feature, no teacher."""
+
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True)
+class LF2Settings:
+    """Strategy "lf2".
+
+    Attributes:
+        parts: horizontal stripes of the feature map, each a level beside the global one; 0 for none.
+        teacher: False makes the student its own teacher (ablation).
+        fusion_module: False clusters the parts by their local embeddings alone (ablation).
+        reduction: C over the hidden width of the Fusion Module's MLP.
+        part_weight: weight of each part's triplet loss.
+        teacher_momentum: ceiling of the moving average's alpha, in [0, 1).
+        cross_instance: the X-ReID objective on the global level.
+    """
+
+    parts: int = 2
+    teacher: bool = True
+    fusion_module: bool = True
+    reduction: int = 4
+    part_weight: float = 0.5
+    label_smoothing: float = 0.1
+    teacher_momentum: float = 0.999
+    cross_instance: CrossInstanceSettings = field(default_factory=CrossInstanceSettings)
+
+    def __post_init__(self) -> None:
+        if self.parts < 0 or self.reduction < 1:
+            raise UserError(
+                f"adapt.lf2.parts must be 0 or more and adapt.lf2.reduction 1 or more, got {self.parts} and "
+                f"{self.reduction}."
+            )
+        if not 0 <= self.teacher_momentum < 1:
+            raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+
+
+STRATEGIES = ("lf2", "baseline")
+
+
+@dataclass(frozen=True)
+class AdaptSettings:
+    """What every adaptation strategy shares: length, batches, clustering; then one section for each strategy.
+
+    Attributes:
+        strategy: one of STRATEGIES; only its own section may be set.
+        steps: training steps an epoch.
+        identities, instances: P and K of the batch of each level.
+        shared_batch: one batch for all levels, drawn by the labels of the first, instead of one batch each.
+        refresh_statistics: re-estimate the batch-norm statistics on the target before the first epoch.
+        mirror: sum the features of image and mirrored image before clustering.
+        feature_batch: images encoded at a time before clustering.
+    """
+
+    strategy: str = "lf2"
+    epochs: int = 80
+    steps: int = 400
+    identities: int = 16
+    instances: int = 4
+    shared_batch: bool = False
+    refresh_statistics: bool = True
+    mirror: bool = True
+    feature_batch: int = 128
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    lf2: LF2Settings = field(default_factory=LF2Settings)
+    baseline: BaselineSettings = field(default_factory=BaselineSettings)
+
+    def __post_init__(self) -> None:
+        _check_choice("adapt.strategy", self.strategy, STRATEGIES)
+        if min(self.epochs, self.steps, self.feature_batch) < 1:
+            raise UserError(
+                f"adapt.epochs, adapt.steps and adapt.feature_batch must be 1 or more, got {self.epochs}, "
+                f"{self.steps} and {self.feature_batch}."
+            )
+        _check_batch("adapt", self.identities, self.instances)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a training step is computed, in pre-training and adaptation alike.
+
+    Attributes:
+        precision: "auto" is bfloat16 autocast on GPUs that compute in it, and float32 elsewhere.
+        channels_last: memory layout of convolutions; faster on GPUs with tensor cores.
+        compile: pass the networks through torch.compile.
+        batch_norm_group: images whose statistics are taken together; 0 for the whole batch over all processes.
+        patience: consecutive steps that may be skipped because a loss or gradient was not finite.
+        checkpoint_minutes: time between two saved states within an epoch; the end of each epoch saves one anyway.
+    """
+
+    precision: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    batch_norm_group: int = 0
+    patience: int = 5
+    checkpoint_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        _check_choice("training.precision", self.precision, PRECISIONS)
+        if self.batch_norm_group < 0 or self.batch_norm_group == 1:
+            raise UserError(
+                f"training.batch_norm_group must be 0 (the whole batch) or 2 or more, got {self.batch_norm_group}; one "
+                "image has no variance."
+            )
+        if self.patience < 1 or self.checkpoint_minutes < 0:
+            raise UserError(
+                f"training.patience must be 1 or more and training.checkpoint_minutes 0 or more, got {self.patience} "
+                f"and {self.checkpoint_minutes}."
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How test features are extracted and ranked.
+
+    Attributes:
+        batch: images encoded at a time.
+        mirror: sum the features of image and mirrored image.
+        rerank_k1, rerank_k2, rerank_lambda: of `--rerank` (Zhong et al., CVPR 2017).
+    """
+
+    batch: int = 128
+    mirror: bool = False
+    rerank_k1: int = 20
+    rerank_k2: int = 6
+    rerank_lambda: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or not 1 <= self.rerank_k2 <= self.rerank_k1 or not 0 <= self.rerank_lambda <= 1:
+            raise UserError(
+                "evaluate.batch must be 1 or more, 1 <= rerank_k2 <= rerank_k1 and rerank_lambda in [0, 1], got "
+                f"{self.batch}, {self.rerank_k2}, {self.rerank_k1} and {self.rerank_lambda}."
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a result, apart from data and seed."""
+
+    description: str = ""
+    images: ImageSettings = field(default_factory=ImageSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    adapt: AdaptSettings = field(default_factory=AdaptSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

@@ -57,26 +57,26 @@ def usual_crops(image: Tensor, pad: int) -> dict[tuple[bool, int, int], bytes]:
 def test_flip_and_crop_has_the_distribution_of_the_usual_one(flip: float, pad: int, height: int, width: int) -> None:
     image = random_images(1, height, width)
     crops = usual_crops(image[0], pad)
-    place_of = {pixels: place for place, pixels in crops.items()}
-    assert len(place_of) == len(crops) == 2 * (2 * pad + 1) ** 2
+    crop_of = {pixels: crop for crop, pixels in crops.items()}
+    assert len(crop_of) == len(crops) == 2 * (2 * pad + 1) ** 2
     draws = 12_000
     moved = flip_and_crop(image.expand(draws, -1, -1, -1), flip, pad, generator())
     assert (moved.dtype, moved.shape) == (torch.uint8, (draws, 3, height, width))
-    found = Counter(place_of[each.numpy().tobytes()] for each in moved)
-    expected = {place: draws * (flip if place[0] else 1 - flip) / (2 * pad + 1) ** 2 for place in crops}
-    assert all(expected[place] > 0 for place in found)
-    possible = [place for place in crops if expected[place] > 0]
-    chi_square = sum((found[place] - expected[place]) ** 2 / expected[place] for place in possible)
+    found = Counter(crop_of[each.numpy().tobytes()] for each in moved)
+    expected = {crop: draws * (flip if crop[0] else 1 - flip) / (2 * pad + 1) ** 2 for crop in crops}
+    assert all(expected[crop] > 0 for crop in found)
+    possible = [crop for crop in crops if expected[crop] > 0]
+    chi_square = sum((found[crop] - expected[crop]) ** 2 / expected[crop] for crop in possible)
     assert chi_square <= stats.chi2.ppf(1 - 1e-4, max(len(possible) - 1, 1))
 
 
 def test_neighbours_in_a_batch_are_moved_independently() -> None:
     images = random_images(1, 6, 5).expand(20_000, -1, -1, -1)
-    place_of = {pixels: place for place, pixels in usual_crops(images[0], 1).items()}
-    places = [place_of[each.numpy().tobytes()] for each in flip_and_crop(images, 0.5, 1, generator(1))]
-    pairs = Counter(zip(places[::2], places[1::2], strict=True))
+    crop_of = {pixels: crop for crop, pixels in usual_crops(images[0], 1).items()}
+    drawn = [crop_of[each.numpy().tobytes()] for each in flip_and_crop(images, 0.5, 1, generator(1))]
+    pairs = Counter(zip(drawn[::2], drawn[1::2], strict=True))
     expected = 10_000 / 18**2
-    every = [(a, b) for a in place_of.values() for b in place_of.values()]
+    every = [(a, b) for a in crop_of.values() for b in crop_of.values()]
     chi_square = sum((pairs[pair] - expected) ** 2 / expected for pair in every)
     assert chi_square <= stats.chi2.ppf(1 - 1e-4, len(every) - 1)
 
@@ -293,7 +293,7 @@ def test_a_batch_of_one_and_a_batch_of_none() -> None:
         ({"erase_fill": "black"}, "'black'"),
     ],
 )
-def test_settings_refuse_what_cannot_be(
+def test_settings_refuse_values_out_of_range(
     wrong: dict[str, object], named: str, assert_sentence: Callable[..., None]
 ) -> None:
     with pytest.raises(UserError) as error:

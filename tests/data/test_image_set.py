@@ -92,7 +92,7 @@ def test_a_stream_of_files_gives_the_batches_of_a_set(
 def test_a_stream_names_a_damaged_image(tmp_path: Path, draw: Callable[..., Path]) -> None:
     damaged = tmp_path / "damaged.jpg"
     damaged.write_text("not an image")
-    with pytest.raises(UserError, match="damaged.jpg"):
+    with pytest.raises(UserError, match=r"damaged\.jpg"):
         list(stream_batches([draw(tmp_path / "a.png"), damaged], torch.zeros(2), SETTINGS, 8, CPU))
 
 

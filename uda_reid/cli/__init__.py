@@ -13,8 +13,8 @@ import click
 from uda_reid import __version__
 from uda_reid.errors import UserError
 
-# OpenMP reads this when torch is first imported: waiting threads sleep instead of spinning, which would slow down a busy
-# machine. A value that the user has set is kept.
+# OpenMP reads this when torch is first imported: waiting threads sleep instead of spinning, which would slow down a
+# busy machine. A value that the user has set is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Name -> what it does, in the order of use.

@@ -33,7 +33,9 @@ resume_option = click.option(
     metavar="RUN",
     help="Continue a stopped run from its last saved state; takes no other option than --device.",
 )
-strategy_option = click.option("--strategy", type=click.Choice(STRATEGIES), help="How to adapt.  [default: the recipe's]")
+strategy_option = click.option(
+    "--strategy", type=click.Choice(STRATEGIES), help="How to adapt.  [default: the recipe's]"
+)
 json_option = click.option("--json", "json_path", type=PATH, help="Write the summary here instead of to stdout.")
 
 

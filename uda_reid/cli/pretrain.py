@@ -17,15 +17,24 @@ def pretrain(source: str | None, options: RunOptions) -> None:
     """
     from uda_reid.build import open_data
     from uda_reid.cli.processes import join_processes
-    from uda_reid.cli.run_command import RunCommand, choose_recipe, open_run, read_command
-    from uda_reid.runs import is_finished, run_pretrain
+    from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
+    from uda_reid.runs import run_pretrain
 
-    note = ""
+    notes = []
     if options.resume is not None:
         command, recipe = read_command(options, "pretrain")
     elif source is not None:
         recipe, note = choose_recipe(options.recipe_name, source, "fusionreid", options.overrides)
+        notes = [note]
         command = RunCommand("pretrain", source, str(options.data_root), options.seed, options.device)
     else:
         raise click.UsageError("Missing option '--source' (or '--resume').")
+
     device, reporter = join_processes(command.device)
+    if nothing_to_resume(options, reporter):
+        return
+    for note in notes:
+        reporter.say(note)
+    dataset = open_data(command.data, Path(command.data_root), labelled_train=True, reporter=reporter)
+    log = open_run(command, recipe, options, device=device, reporter=reporter)
+    run_pretrain(recipe, dataset, device=device, seed=command.seed, reporter=reporter, log=log)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import click
 import torch
@@ -14,6 +13,7 @@ from uda_reid.errors import UserError
 from uda_reid.recipe import Recipe, dump_recipe, load_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import COMMAND, RECIPE, RunLog
+from uda_reid.runs import is_finished
 from uda_reid.synthetic import DOMAINS
 
 WITH_RESUME = ("resume", "device")
@@ -72,6 +72,14 @@ def read_command(options: RunOptions, name: str) -> tuple[RunCommand, Recipe]:
             f"{folder} is a run of {command.command}; resume it with `cli.py {command.command} --resume {folder}`."
         )
     return command, load_recipe(str(folder / RECIPE))
+
+
+def nothing_to_resume(options: RunOptions, reporter: Reporter) -> bool:
+    """Returns whether the run that `--resume` names is finished, and prints so."""
+    finished = options.resume is not None and is_finished(options.resume)
+    if finished:
+        reporter.say(f"{options.resume} is finished; there is nothing to resume.")
+    return finished
 
 
 def choose_recipe(

@@ -1,263 +1,182 @@
-"""Recipes: TOML files read into frozen dataclasses. Only `networks`, `build` and `cli` know them.
+"""Recipes: TOML files that become the frozen dataclasses of `settings`. Only `build`, `runs` and `cli` know them.
 
-A recipe states what differs from the defaults below. Every part of the package takes its own settings object or plain
-arguments, so nothing below `networks` ever sees a whole recipe.
+A recipe states what differs from the defaults. Every other part of the package takes its own settings object.
 """
 
-import dataclasses
-import difflib
-import json
 import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
-from uda_reid.data.image_store import ImageSettings
-from uda_reid.engine.adapt import AdaptSettings
-from uda_reid.engine.evaluate import EvaluateSettings
-from uda_reid.engine.pretrain import PretrainSettings
-from uda_reid.engine.run import TrainingSettings
+import msgspec
+import tomli_w
+
 from uda_reid.errors import UserError
+from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe
 
-BACKBONES = ("fusion_reid", "sam_ibn", "cnn", "vit")
-
-
-@dataclass(frozen=True)
-class CnnRecipe:
-    """A timm CNN: `name` and `options` go to `timm.create_model`; `weights` is "none", "timm" or a file."""
-
-    name: str = "resnet50"
-    weights: str = "none"
-    last_stride: int = 1
-    stem_pool: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TransformerRecipe:
-    """A timm ViT; a `patch_stride` below the patch size makes the patches overlap."""
-
-    name: str = "vit_base_patch16_224"
-    weights: str = "none"
-    patch_stride: int = 12
-    drop_path: float = 0.0
-    camera_embedding: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class FusionRecipe:
-    """The mutual fusion of FusionReID (METHODS: L stacked HTM over tokens of one width)."""
-
-    width: int = 768
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    layers: int = 2
-    shared_encoder: bool = True
-    lru_kernel: int = 1
-
-    def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise UserError(f"model.fusion.layers must be 1 or more, not {self.layers}; the paper uses 2.")
-        if self.width % self.heads:
-            raise UserError(
-                f"model.fusion.width must be a multiple of model.fusion.heads, but {self.width} is not one of "
-                f"{self.heads}; choose e.g. {self.width - self.width % self.heads or self.heads}."
-            )
-
-
-@dataclass(frozen=True)
-class SamIbnRecipe:
-    """ResNet50-IBN-a with self-attention and mid/high-level fusion, each with its switch."""
-
-    weights: str = "none"
-    attention: bool = True
-    fusion: bool = True
-    heads: int = 4
-    last_stride: int = 2
-    stem_pool: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """Which backbone, and of what; `descriptor` names the outputs that make the retrieval feature (empty: all)."""
-
-    backbone: str = "fusion_reid"
-    descriptor: tuple[str, ...] = ()
-    cnn: CnnRecipe = field(default_factory=CnnRecipe)
-    transformer: TransformerRecipe = field(default_factory=TransformerRecipe)
-    fusion: FusionRecipe = field(default_factory=FusionRecipe)
-    sam_ibn: SamIbnRecipe = field(default_factory=SamIbnRecipe)
-
-    def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise UserError(f"model.backbone must be one of {', '.join(BACKBONES)}, not '{self.backbone}'.")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a result, beside the data and the seed."""
-
-    description: str = ""
-    images: ImageSettings = field(default_factory=ImageSettings)
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
-    adapt: AdaptSettings = field(default_factory=AdaptSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+T = TypeVar("T")
 
 
 def recipe_folder() -> Path:
-    """Where the shipped recipes lie: inside an installed package, or at the top of a checkout."""
+    """Returns the folder of the shipped recipes: inside an installed package, or at the top of a checkout."""
     package = Path(__file__).parent
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package."""
+    """Returns name -> file of every recipe that comes with the package."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.toml"))}
 
 
-def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe by its name or file and applies `key.path=value` overrides.
+def load_recipe(name_or_file: str, overrides: Sequence[str] = (), strategy: str | None = None) -> Recipe:
+    """Reads a recipe by its name or file.
+
+    Args:
+        overrides: "key.path=value", applied in order over the file.
+        strategy: replaces the file's own adaptation strategy, and its section of settings with it.
 
     Raises:
-        UserError: no such recipe, not TOML, an unknown key (with the nearest known one), or a value of a wrong type.
+        UserError: there is no such recipe, it is not TOML, a key is unknown (the nearest known one is named) or of
+            another strategy, or a value is of a wrong type or out of range.
     """
     shipped = shipped_recipes()
     path = shipped.get(name_or_file, Path(name_or_file))
     if not path.is_file():
-        nearest = _nearest(name_or_file, shipped)
         raise UserError(
-            f"There is no recipe '{name_or_file}'{nearest}; known are {', '.join(shipped)}, or give the path of a "
-            "TOML file."
+            f"There is no recipe '{name_or_file}'{_hint(name_or_file, shipped)}; expected one of {', '.join(shipped)}, "
+            "or the path of a TOML file."
         )
     try:
-        return parse_recipe(path.read_text(encoding="utf-8"), overrides)
+        return parse_recipe(path.read_text(encoding="utf-8"), overrides, strategy)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe {path} is not valid TOML: {error}.") from error
 
 
-def parse_recipe(text: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a TOML text and `key.path=value` overrides state; raises as `load_recipe` does."""
+def parse_recipe(text: str, overrides: Sequence[str] = (), strategy: str | None = None) -> Recipe:
+    """Returns the recipe of a TOML text; arguments and errors are those of `load_recipe`."""
     table = tomllib.loads(text)
+    if strategy is not None:
+        _replace_strategy(table, strategy)
     for override in overrides:
         _apply_override(table, override)
-    return _from_table(Recipe, table, prefix="")
+    _check_strategy(table)
+    recipe = _read_section(Recipe, table, "")
+    if strategy not in (None, recipe.adapt.strategy):
+        raise UserError(
+            f"--strategy {strategy} and --set adapt.strategy={recipe.adapt.strategy} contradict each other; give one "
+            "of them."
+        )
+    return recipe
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A copy of `recipe` with `key.path=value` overrides applied."""
+    """Returns a copy of the recipe with "key.path=value" overrides applied."""
     return parse_recipe(dump_recipe(recipe), overrides)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The TOML text of a recipe with every value written out; `parse_recipe` reads the same recipe back."""
-    return "\n".join(_toml_lines(dataclasses.asdict(recipe), prefix="")) + "\n"
+    """Returns the TOML text of a recipe with every value; `parse_recipe` reads the same recipe from it."""
+    table = asdict(recipe)
+    for other in set(STRATEGIES) - {recipe.adapt.strategy}:
+        del table["adapt"][other]
+    return tomli_w.dumps(table)
+
+
+def dump_keys() -> str:
+    """Returns the TOML text of every key with its default, with the sections of all strategies."""
+    return tomli_w.dumps(asdict(Recipe()))
+
+
+def _replace_strategy(table: dict[str, Any], strategy: str) -> None:
+    """Sets the strategy in the table of a recipe file, and removes the sections of all others."""
+    adapt = table.setdefault("adapt", {})
+    if isinstance(adapt, dict):
+        for other in set(STRATEGIES) - {strategy}:
+            adapt.pop(other, None)
+        adapt["strategy"] = strategy
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set expects key.path=value, for example adapt.epochs=20, but got '{override}'.")
+        raise UserError(f"--set expects key.path=value, for example adapt.epochs=20, got '{override}'.")
     *parents, last = key.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section, so nothing can be set in it.")
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section, so it has no keys to set.")
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:  # a bare word, as a shell leaves it: model.cnn.name=resnet18
         table[last] = value
 
 
-def _from_table(kind: type, table: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(kind)
+def _check_strategy(table: Mapping[str, Any]) -> None:
+    """Refuses settings of a strategy that is not the chosen one."""
+    adapt = table.get("adapt")
+    if not isinstance(adapt, dict):
+        return
+    chosen = adapt.get("strategy", AdaptSettings.strategy)
+    for other in STRATEGIES:
+        section = adapt.get(other)
+        if other != chosen and chosen in STRATEGIES and isinstance(section, dict) and section:
+            raise UserError(
+                f"adapt.{other}.{next(iter(section))} is a setting of the strategy '{other}', but this recipe's "
+                f"strategy is '{chosen}'; remove it or use --strategy {other}."
+            )
+
+
+def _read_section(kind: type[T], table: Mapping[str, Any], prefix: str) -> T:
+    """Returns the dataclass of one section of a recipe; prefix is the section's path with a final dot."""
+    hints = get_type_hints(kind)
     values = {}
     for key, value in table.items():
+        path = prefix + key
         if key not in hints:
             raise UserError(
-                f"Unknown recipe key '{prefix}{key}'{_nearest(prefix + key, _known_keys(Recipe))}; "
-                "`cli.py recipes --keys` lists all keys with their defaults."
+                f"Unknown recipe key '{path}'{_hint(path, _known_keys(Recipe))}; `cli.py recipes --keys` lists all "
+                "keys with their defaults."
             )
-        values[key] = _convert(hints[key], value, prefix + key)
+        if not is_dataclass(hints[key]):
+            values[key] = _read_value(hints[key], value, path)
+        elif isinstance(value, dict):
+            values[key] = _read_section(hints[key], value, f"{path}.")
+        else:
+            raise UserError(f"Recipe key '{path}' is a section and takes keys of its own, got the value {value!r}.")
     try:
         return kind(**values)
-    except ValueError as error:  # how the parts that know no UserError refuse a value
-        raise UserError(f"Recipe section '{prefix.rstrip('.')}': {error}") from error
+    except UserError as error:
+        if prefix in str(error):
+            raise
+        raise UserError(f"Recipe section [{prefix.rstrip('.')}]: {error}") from error
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise UserError(f"Recipe key '{key}' is a section, so it takes keys of its own, not the value {value!r}.")
-        return _from_table(typing.cast(type, hint), value, prefix=f"{key}.")
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, list):
-            raise UserError(f"Recipe key '{key}' expects a list, not {value!r}.")
-        return tuple(_convert(item, entry, key) for entry in value)
-    expected = typing.get_origin(hint) or hint
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    # bool is a subclass of int, and `steps = true` is a mistake
-    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-        name = expected.__name__ if isinstance(expected, type) else str(expected)
-        raise UserError(f"Recipe key '{key}' expects {name}, not {value!r} ({type(value).__name__}).")
-    return value
+def _read_value(hint: Any, value: Any, path: str) -> Any:
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:  # "Expected `float`, got `str` - at `$[2]`"
+        reason = str(error).replace("`", "").replace(" - at $", " at ")
+        reason = reason.replace("array", "a list").replace("object", "a table")
+        raise UserError(f"Recipe key '{path}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}.") from error
 
 
 def _known_keys(kind: type, prefix: str = "") -> list[str]:
     keys = []
-    for key, hint in typing.get_type_hints(kind).items():
+    for key, hint in get_type_hints(kind).items():
         keys.append(prefix + key)
-        if dataclasses.is_dataclass(hint):
-            keys += _known_keys(typing.cast(type, hint), f"{prefix}{key}.")
+        if isinstance(hint, type) and is_dataclass(hint):
+            keys += _known_keys(hint, f"{prefix}{key}.")
     return keys
 
 
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
+def _hint(word: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean 'x'?)" for the known key that is nearest as a whole, or else by its last part."""
     known = list(known)
     by_last = {key.rsplit(".", 1)[-1]: key for key in known}
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    match = get_close_matches(word, known, n=1)
     if not match:
-        match = [by_last[m] for m in difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.6)]
+        match = [by_last[last] for last in get_close_matches(word.rsplit(".", 1)[-1], by_last, n=1)]
     return f" (did you mean '{match[0]}'?)" if match else ""
-
-
-def _toml_lines(table: Mapping[str, Any], prefix: str) -> list[str]:
-    lines = [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            path = f"{prefix}{_toml_key(key)}"
-            lines += ["", f"[{path}]", *_toml_lines(value, prefix=f"{path}.")]
-    return lines
-
-
-def _toml_key(key: str) -> str:
-    plain = key.replace("_", "").replace("-", "")
-    return key if plain.isascii() and plain.isalnum() else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case int():
-            return str(value)
-        case float():
-            return repr(value)
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # which JSON allows and TOML not
-        case dict():  # in a list of a trunk's options
-            return "{" + ", ".join(f"{_toml_key(key)} = {_toml_value(entry)}" for key, entry in value.items()) + "}"
-        case list() | tuple():
-            return "[" + ", ".join(_toml_value(entry) for entry in value) + "]"
-        case types.NoneType():
-            raise AssertionError("a recipe holds no null: TOML has none")
-    raise AssertionError(f"a recipe holds no {type(value).__name__}")

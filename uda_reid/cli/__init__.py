@@ -1,6 +1,11 @@
-"""The command line. Each command is a file of its own, imported when it is called, so that --help answers at once."""
+"""The command line, one file per command.
+
+A command's file is imported when the command is asked for, and imports torch only when the command runs, so that
+`--help` and `recipes` answer at once.
+"""
 
 import os
+import sys
 from importlib import import_module
 
 import click
@@ -8,32 +13,32 @@ import click
 from uda_reid import __version__
 from uda_reid.errors import UserError
 
-# Read by OpenMP when torch is first imported: threads that wait for work sleep, so that a busy machine is not held up
-# by them. A value that the user has set stays.
+# OpenMP reads this when torch is first imported: waiting threads sleep instead of spinning, which would slow down a
+# busy machine. A value that the user has set is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Name -> what it does, in the order of use.
 COMMANDS = {
-    "demo": "Pre-train on plaza, adapt to station, and see what it brought (a few minutes).",
+    "demo": "Pre-train on plaza, adapt to station, and compare (a few minutes).",
     "pretrain": "Train a source model on a labelled data set.",
     "adapt": "Adapt a source model to a data set without reading its labels.",
     "evaluate": "Measure a trained model on a labelled test split.",
-    "cluster": "Pseudo-labels for features from anywhere.",
-    "score": "Retrieval accuracy of features from anywhere.",
+    "cluster": "Make pseudo-labels for features from any source.",
+    "score": "Measure the retrieval accuracy of features from any source.",
     "synth": "Render an embedded domain into a folder.",
-    "models": "Parameters, GFLOPs and descriptor of each backbone.",
+    "models": "Count parameters, GFLOPs and descriptor size of each backbone.",
     "recipes": "List the recipes, or all keys of one.",
 }
 
 
 class SentenceError(click.ClickException):
-    """What the user can put right: printed as one sentence, without a traceback."""
+    """A user's mistake: printed as one sentence without a traceback, with exit code 2."""
 
     exit_code = 2
 
 
 class Commands(click.Group):
-    """Imports a command when it is asked for, and prints its user errors as sentences."""
+    """The commands of the toolkit; errors that a user can correct end as sentences."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -50,22 +55,35 @@ class Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> object:
-        from uda_reid.engine.team import is_lost_process, leave_team
-        from uda_reid.retrieval.checks import FeatureError
-
         try:
             result = super().invoke(ctx)
-            leave_team()
-            return result
-        except (UserError, FeatureError) as error:
+        except UserError as error:
             raise SentenceError(str(error)) from error
         except RuntimeError as error:
-            if not is_lost_process(error):
+            if not _is_lost_process(error):
                 raise
             raise SentenceError(
-                f"Another process of this run is gone, so this one stops ({str(error).splitlines()[0]}); see what that "
-                "one said, and go on with --resume."
+                f"Another process of this run has ended, so this one stops ({str(error).splitlines()[0]}); see the "
+                "error of that process, and continue with --resume."
             ) from error
+        if _uses_processes():
+            from uda_reid import distributed
+
+            distributed.shut_down()
+        return result
+
+
+def _uses_processes() -> bool:
+    """Returns whether a command has imported `distributed`; to import it here would import torch for each command."""
+    return "uda_reid.distributed" in sys.modules
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    if not _uses_processes():
+        return False
+    from uda_reid import distributed
+
+    return distributed.is_lost_process(error)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -1,57 +1,44 @@
-"""`demo`: the whole way from nothing to an adapted model, on rendered pedestrians."""
+"""`demo`: pre-trains and adapts on rendered pedestrians, from nothing to an adapted model."""
 
 from pathlib import Path
 
 import click
 
-from uda_reid.build import open_data, run_demo
-from uda_reid.cli.options import (
-    data_root_option,
-    join_run,
-    open_run,
-    recipe_option,
-    resume_option,
-    run_options,
-    set_option,
-    stored_run,
-)
-from uda_reid.cli.task import Task
-from uda_reid.recipe import load_recipe
+from uda_reid.cli.options import RunOptions, run_options, strategy_option
 
 SOURCE, TARGET = "plaza", "station"
 
 
 @click.command()
-@data_root_option
-@recipe_option
-@set_option
+@strategy_option
 @run_options
-@resume_option
-@click.pass_context
-def demo(
-    context: click.Context,
-    data_root: Path,
-    recipe_name: str | None,
-    overrides: tuple[str, ...],
-    out: Path | None,
-    seed: int,
-    device: str,
-    resume: Path | None,
-) -> None:
-    """Pre-train on plaza, adapt to station without its labels, and see what it brought.
+def demo(strategy: str | None, options: RunOptions) -> None:
+    """Pre-train on plaza, adapt to station without its labels, and compare the accuracy before and after.
 
-    Both domains are rendered on first use; nothing is downloaded. A few minutes on two processor cores.
+    Both domains are rendered on first use; nothing is downloaded. Takes a few minutes on two processor cores.
     """
-    if resume is not None:
-        stored = stored_run(resume, "demo", context)
-        if stored is None:
-            return
-        task, recipe, bare = stored
+    from uda_reid.build import open_data
+    from uda_reid.cli.processes import join_processes
+    from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
+    from uda_reid.runs import run_demo
+
+    notes = []
+    if options.resume is not None:
+        command, recipe = read_command(options, "demo")
     else:
-        bare = join_run(seed, device)
-        recipe = load_recipe(recipe_name or "demo", overrides)
-        task = Task("demo", "", str(data_root), seed, device)
-    root, reporter, team = Path(task.data_root), bare.reporter, bare.team
-    source = open_data(SOURCE, root, labelled_train=True, reporter=reporter, team=team)
-    target = open_data(TARGET, root, labelled_train=False, reporter=reporter, team=team)
-    run_demo(recipe, source, target, open_run(bare, task, recipe, out, resume))
+        recipe, note = choose_recipe(options.recipe_name, SOURCE, "demo", options.overrides, strategy)
+        notes = [note]
+        command = RunCommand(
+            "demo", "", str(options.data_root), options.seed, options.device, strategy=recipe.adapt.strategy
+        )
+
+    device, reporter = join_processes(command.device)
+    if nothing_to_resume(options, reporter):
+        return
+    for note in notes:
+        reporter.say(note)
+    root = Path(command.data_root)
+    source = open_data(SOURCE, root, labelled_train=True, reporter=reporter)
+    target = open_data(TARGET, root, labelled_train=False, reporter=reporter)
+    log = open_run(command, recipe, options, device=device, reporter=reporter)
+    run_demo(recipe, source, target, device=device, seed=command.seed, reporter=reporter, log=log)

@@ -4,23 +4,22 @@ from pathlib import Path
 
 import click
 
-from uda_reid.build import open_data, run_evaluate
-from uda_reid.cli.find_run import checkpoint_of, newest_checkpoint
-from uda_reid.cli.options import RUNS, data_root_option, join_run, keep_recipe, run_options, set_option, start_run
-from uda_reid.networks import load_trained
+from uda_reid.cli.options import PATH, data_root_option, device_option, out_option, seed_option, set_option
 
 
 @click.command()
 @click.option("--target", required=True, metavar="DATA", help="Data set with a labelled test split.")
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Run (folder or checkpoint) to measure.  [default: the newest of pretrain and adapt]",
 )
 @click.option("--rerank", is_flag=True, help="Rank by the k-reciprocal re-ranked distance.")
 @data_root_option
 @set_option
-@run_options
+@out_option
+@seed_option
+@device_option
 def evaluate(
     target: str,
     checkpoint: Path | None,
@@ -32,12 +31,17 @@ def evaluate(
     device: str,
 ) -> None:
     """Measure a trained model: mAP, Rank-1/5/10 and mINP by the Market-1501 protocol."""
-    bare = join_run(seed, device)
-    reporter = bare.reporter
-    path = checkpoint_of(checkpoint) if checkpoint is not None else newest_checkpoint(RUNS, ("pretrain", "adapt"))
-    reporter.say(f"Measuring {path}{'' if checkpoint is not None else ' (the newest run)'}.")
-    trained = load_trained(path, bare, overrides)
-    dataset = open_data(target, data_root, labelled_train=False, reporter=reporter, team=bare.team)
-    run = start_run(bare, out, f"evaluate-{target}")
-    keep_recipe(run, trained.recipe)
-    run_evaluate(trained, dataset, run, rerank=rerank)
+    from uda_reid.build import load_model, open_data
+    from uda_reid.cli.processes import join_processes
+    from uda_reid.cli.run_folder import find_checkpoint, open_folder
+    from uda_reid.recipe import dump_recipe
+    from uda_reid.runs import run_evaluate
+
+    own_device, reporter = join_processes(device)
+    path = find_checkpoint(checkpoint, ("pretrain", "adapt"))
+    reporter.say(f"Measuring {path}{'' if checkpoint else ' (the newest run)'}.")
+    loaded = load_model(path, device=own_device, seed=seed, overrides=overrides)
+    dataset = open_data(target, data_root, labelled_train=False, reporter=reporter)
+    log = open_folder(f"evaluate-{target}", out, device=own_device, seed=seed, reporter=reporter)
+    log.write_recipe(dump_recipe(loaded.recipe))
+    run_evaluate(loaded, dataset, rerank=rerank, device=own_device, seed=seed, reporter=reporter, log=log)

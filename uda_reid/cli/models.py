@@ -1,4 +1,4 @@
-"""`models`: what each backbone is made of."""
+"""`models`: the parts and the cost of each backbone."""
 
 import json
 from typing import Any
@@ -6,10 +6,9 @@ from typing import Any
 import click
 
 from uda_reid.cli.options import recipe_option, set_option
-from uda_reid.engine.inspect_model import inspect_model
-from uda_reid.networks import make_model
-from uda_reid.recipe import BACKBONES, Recipe, load_recipe, override_recipe
+from uda_reid.recipe import load_recipe, override_recipe
 from uda_reid.report.console import Reporter
+from uda_reid.settings import BACKBONES, Recipe
 
 
 @click.command()
@@ -22,7 +21,7 @@ def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -
     Without --recipe: the four backbones at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
     multiply-add counts as one FLOP.
     """
-    rows = [_facts(name, recipe) for name, recipe in _recipes(recipe_name, overrides).items()]
+    rows = [_count(name, recipe) for name, recipe in _recipes(recipe_name, overrides).items()]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -47,15 +46,18 @@ def _recipes(name: str | None, overrides: tuple[str, ...]) -> dict[str, Recipe]:
     return {backbone: override_recipe(Recipe(), (f"model.backbone={backbone}", *overrides)) for backbone in BACKBONES}
 
 
-def _facts(name: str, recipe: Recipe) -> dict[str, Any]:
+def _count(name: str, recipe: Recipe) -> dict[str, Any]:
+    from uda_reid.build import make_model
+    from uda_reid.engine.inspect_model import inspect_model
+
     height, width = recipe.images.height, recipe.images.width
-    facts = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
+    found = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
     return {
         "name": name,
         "input": f"{height}x{width}",
-        "parameters": facts.parameters,
-        "gflops": round(facts.gflops, 4),
-        "descriptor": facts.descriptor,
-        "grid": " + ".join(f"{rows}x{columns}" for rows, columns in facts.grids),
-        "parts": facts.parts,
+        "parameters": found.parameters,
+        "gflops": round(found.gflops, 4),
+        "descriptor": found.descriptor,
+        "grid": " + ".join(f"{rows}x{columns}" for rows, columns in found.grids),
+        "parts": found.parts,
     }

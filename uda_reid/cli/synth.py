@@ -1,24 +1,26 @@
-"""`synth`: an embedded domain, rendered into a folder of the user's choice."""
+"""`synth`: renders an embedded domain into a folder of the user's choice."""
 
 import os
 from pathlib import Path
 
 import click
 
-from uda_reid.report.console import Reporter
-from uda_reid.synthetic import DOMAINS, write_domain
+from uda_reid.cli.options import PATH, seed_option
 
 
 @click.command()
-@click.argument("domain", metavar=f"[{'|'.join(DOMAINS)}]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="New folder to write.")
+@click.argument("domain")
+@click.option("--out", type=PATH, required=True, help="New folder to write.")
 @click.option("--identities", type=int, help="Training identities; the test split gets two thirds as many.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@seed_option
 def synth(domain: str, out: Path, identities: int | None, seed: int) -> None:
-    """Render an embedded domain as JPEG files in the Market-1501 layout.
+    """Render an embedded DOMAIN (plaza, station or campus) as JPEG files in the Market-1501 layout.
 
-    The folder can then be named wherever a data set is.
+    The folder can then be named wherever a data set is expected.
     """
+    from uda_reid.report.console import Reporter
+    from uda_reid.synthetic import write_domain
+
     reporter = Reporter()
     test = None if identities is None else max(2, identities * 2 // 3)
     with reporter.progress(f"rendering {domain}") as advance:

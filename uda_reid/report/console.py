@@ -132,6 +132,18 @@ class Reporter:
             table.add_row(Text(name), *cells, style="bold" if name == "gain" else None)
         self._console.print(table)
 
+    @contextmanager
+    def stages(self, names: tuple[str, ...]) -> Iterator[Callable[[str, float], None]]:
+        """Shows a bar for each stage of a computation on a terminal; yields a function of (stage, fraction done)."""
+        columns = (
+            TextColumn("{task.description:>12}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+        )
+        with Progress(*columns, console=self._console, disable=not self.is_terminal) as bars:
+            tasks = {name: bars.add_task(name, total=1.0) for name in names}
+            yield lambda stage, done: bars.update(tasks[stage], completed=done)
+
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
         """Prints a table of text, drawn on a terminal and tab-separated elsewhere."""
         if not self.is_terminal:

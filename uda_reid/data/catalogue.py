@@ -1,6 +1,6 @@
 """The known data sets: opens one by its key or folder and compares its counts with the published ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -90,7 +90,7 @@ def open_dataset(key: str, root: Path, *, labelled_train: bool, embedded: tuple[
     if len(found) > 1:
         others = ", ".join(folder.name for folder in found[1:])
         notes += (f"{root} holds several copies of {entry.title}: {found[0].name} is used, {others} is ignored.",)
-    return ReIDDataset(dataset.name, dataset.folder, dataset.train, dataset.test, notes)
+    return replace(dataset, notes=notes)
 
 
 def _open_folder(key: str, labelled_train: bool, embedded: tuple[str, ...]) -> ReIDDataset:

@@ -32,9 +32,9 @@ def by_definition(batch: Tensor, sizes: Sequence[int], layer: nn.Module) -> tupl
             values = batch[rows, channel]
             mean = values.sum() / values.numel()
             squares = ((values - mean) ** 2).sum()
-            normalised = (values - mean) / (squares / values.numel() + layer.eps) ** 0.5
+            normalized = (values - mean) / (squares / values.numel() + layer.eps) ** 0.5
             weight, bias = (1.0, 0.0) if layer.weight is None else (layer.weight[channel], layer.bias[channel])
-            output[rows, channel] = normalised * weight + bias
+            output[rows, channel] = normalized * weight + bias
             means[group, channel] = mean.detach()
             variances[group, channel] = squares.detach() / (values.numel() - 1)
         start += size
@@ -93,7 +93,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     ("images", "group", "sizes"),
     [(8, 4, (4, 4)), (10, 4, (5, 5)), (11, 4, (4, 4, 3)), (5, 4, (5,)), (3, 8, (3,)), (7, 2, (3, 2, 2)), (3, 2, (3,))],
 )
-def test_each_group_is_normalised_by_its_own_statistics(
+def test_each_group_is_normalized_by_its_own_statistics(
     shape: tuple[int, ...], images: int, group: int, sizes: tuple[int, ...]
 ) -> None:
     batch = torch.randn(images, *shape, dtype=torch.float64) * 3 + 2
@@ -349,6 +349,16 @@ def work(rank: int, folder: str) -> None:
     output.sum().backward()
     layouts = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (output, batch.grad)]
     cases["half"] = (output.dtype, batch.grad.dtype, layer.weight.grad.dtype, *layouts)
+    on_gpu = nn.Sequential(nn.BatchNorm2d(3), BNNeck(3)).to("meta")  # whatever is not a CPU
+    parameters = list(on_gpu.parameters())
+    set_batch_norm_group(on_gpu, 0)
+    cases["on gpu"] = (
+        all(isinstance(norm, nn.SyncBatchNorm) for norm in on_gpu),
+        all(one is other for one, other in zip(on_gpu.parameters(), parameters, strict=True)),
+        on_gpu[1].bias.requires_grad,
+    )
+    set_batch_norm_group(on_gpu, 4)
+    cases["on gpu again"] = [norm.group for norm in on_gpu if not isinstance(norm, nn.SyncBatchNorm)]
     layer.eval()
     if rank == 0:  # in evaluation nobody waits
         layer(batch)
@@ -419,6 +429,31 @@ def test_the_variance_survives_a_large_mean(processes: list[dict[str, Any]]) -> 
 
 def test_half_precision_and_memory_format_over_processes(processes: list[dict[str, Any]]) -> None:
     assert processes[0]["half"] == (torch.bfloat16, torch.bfloat16, torch.float32, True, True)
+
+
+def test_on_gpus_the_whole_batch_is_torchs_own_layer(processes: list[dict[str, Any]]) -> None:
+    for case in processes:
+        assert case["on gpu"] == (True, True, False)
+        assert case["on gpu again"] == [4, 4]
+
+
+def work_on_gpu(rank: int, folder: str) -> None:
+    """One of two processes that share a GPU."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    images, target = (share(rows, rank, SHARES).cuda() for rows in whole_batch())
+    model = tiny_resnet().cuda()
+    set_batch_norm_group(model, 0)
+    found = {name: tensor.cpu() for name, tensor in train(model, images, target).items()}
+    dist.destroy_process_group()
+    torch.save(found, Path(folder, f"{rank}.pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_whole_batch_of_two_processes_on_a_gpu_is_that_of_one(tmp_path: Path) -> None:
+    mp.spawn(work_on_gpu, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_same(joined(found), train(tiny_resnet(), *whole_batch()))
 
 
 def test_one_value_on_all_processes_is_refused_by_all(processes: list[dict[str, Any]]) -> None:

@@ -156,7 +156,7 @@ def attend(feature_map: Tensor, layer: Any, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", ["layer3", "layer4"])
-def test_self_attention_stands_in_the_place_of_every_3x3(stage: str) -> None:
+def test_self_attention_replaces_every_3x3_convolution(stage: str) -> None:
     model = SamIbn((48, 40)).double()
     for index, block in enumerate(getattr(model.resnet, stage)):
         assert not [module for module in block.modules() if getattr(module, "kernel_size", (1, 1)) == (3, 3)]

@@ -69,7 +69,7 @@ def tokens_of(feature_map: Tensor) -> list[Tensor]:
     return [feature_map[:, row, column] for row in range(3) for column in range(2)]
 
 
-def test_intra_reads_the_other_images_of_the_identity() -> None:
+def test_intra_attends_to_the_other_images_of_the_identity() -> None:
     module = shaken(IntraX)
     embedding, maps, labels = batch()
     out = module(embedding, maps, labels)
@@ -82,7 +82,7 @@ def test_intra_reads_the_other_images_of_the_identity() -> None:
     assert torch.allclose(out.bn_embedding, module.neck(out.embedding))
 
 
-def test_intra_never_reads_the_anchor_itself_or_another_identity() -> None:
+def test_intra_never_attends_to_the_anchor_itself_or_another_identity() -> None:
     module = shaken(IntraX)
     embedding, maps, labels = batch()
     maps.requires_grad_()
@@ -90,8 +90,8 @@ def test_intra_never_reads_the_anchor_itself_or_another_identity() -> None:
     for anchor in range(len(LABELS)):
         (gradient,) = torch.autograd.grad(out[anchor].sum(), maps, retain_graph=True)
         for other, label in enumerate(LABELS):
-            may_read = label == LABELS[anchor] and other != anchor
-            assert (gradient[other].abs().sum() > 0).item() == may_read
+            may_attend = label == LABELS[anchor] and other != anchor
+            assert (gradient[other].abs().sum() > 0).item() == may_attend
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [5], [0, 0, 1, 2]], ids=["K = 1", "batch of one", "some alone"])
@@ -134,7 +134,7 @@ def test_hardest_pairs_are_those_of_the_distances() -> None:
             assert hardest.negative[anchor].item() == min(rest, key=distances.__getitem__)
 
 
-def test_inter_reads_the_hardest_positive_and_negative() -> None:
+def test_inter_attends_to_the_hardest_positive_and_negative() -> None:
     module = shaken(InterX)
     embedding, maps, labels = batch()
     out = module(embedding, maps, labels)

@@ -70,7 +70,7 @@ def encode(tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
     return layer_norm(tokens, unit.norm)
 
 
-def read_other(query: Tensor, tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
+def attend_other(query: Tensor, tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
     """The mutual fusion unit by its definition."""
     q = layer_norm(query, unit.norm_query) @ unit.query.weight.T
     k = layer_norm(tokens, unit.norm_key) @ unit.key.weight.T
@@ -117,7 +117,7 @@ def generalized_mean(feature_map: Tensor, power: Tensor) -> Tensor:
 
 
 def shake(model: nn.Module) -> None:
-    """Move every parameter off its start, so that no zero or one hides a mistake."""
+    """Changes every parameter, so that no initial zero or one hides a mistake."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -144,7 +144,7 @@ def test_mutual_fusion_unit() -> None:
     unit = MutualFusionUnit(DIM, HEADS).double()
     shake(unit)
     query, tokens = torch.randn(2, 1, DIM, dtype=torch.float64), torch.randn(2, 6, DIM, dtype=torch.float64)
-    assert torch.allclose(unit(query, tokens), read_other(query, tokens, unit))
+    assert torch.allclose(unit(query, tokens), attend_other(query, tokens, unit))
 
 
 def test_mutual_fusion_unit_ignores_the_order_of_the_tokens() -> None:
@@ -162,8 +162,8 @@ def test_heterogenous_transmission_module(shared: bool) -> None:
     cnn = encode(torch.cat([queries[0], cnn_tokens], dim=1), module.seu[0])
     transformer = encode(torch.cat([queries[1], transformer_tokens], dim=1), module.seu[0 if shared else 1])
     out = module(queries[0], queries[1], cnn_tokens, transformer_tokens)
-    assert torch.allclose(out[0], read_other(cnn[:, :1], transformer[:, 1:], module.mfu_cnn))
-    assert torch.allclose(out[1], read_other(transformer[:, :1], cnn[:, 1:], module.mfu_transformer))
+    assert torch.allclose(out[0], attend_other(cnn[:, :1], transformer[:, 1:], module.mfu_cnn))
+    assert torch.allclose(out[1], attend_other(transformer[:, :1], cnn[:, 1:], module.mfu_transformer))
     assert len(module.seu) == (1 if shared else 2)
 
 
@@ -198,7 +198,7 @@ def test_every_parameter_of_each_block_is_trained(name: str, assert_all_trained:
     ],
     ids=str,
 )
-def test_the_stack_reads_the_refined_tokens_again_at_every_module(
+def test_every_module_of_the_stack_attends_to_the_refined_tokens(
     small_cnn: CnnTrunk, small_vit: VitTrunk, settings: dict[str, Any]
 ) -> None:
     model: Any = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings).double()
@@ -221,8 +221,8 @@ def test_the_stack_reads_the_refined_tokens_again_at_every_module(
             )
         cnn, transformer = cnn_encoded[:, :1], transformer_encoded[:, :1]
         if settings.get("mfu", True):
-            cnn = read_other(cnn, transformer_encoded[:, 1:], htm.mfu_cnn)
-            transformer = read_other(transformer, cnn_encoded[:, 1:], htm.mfu_transformer)
+            cnn = attend_other(cnn, transformer_encoded[:, 1:], htm.mfu_cnn)
+            transformer = attend_other(transformer, cnn_encoded[:, 1:], htm.mfu_transformer)
     expected = {
         "cnn": generalized_mean(cnn_map, model.gem["cnn"].power),
         "transformer": class_token,
@@ -314,7 +314,7 @@ def test_batch_of_one_of_any_camera(small_cnn: CnnTrunk, small_vit: VitTrunk, ca
     assert model.map_channels == 2 * DIM
 
 
-def test_an_image_is_embedded_alike_alone_and_in_a_batch(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
+def test_an_image_has_the_same_embeddings_alone_and_in_a_batch(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
     model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS).eval()
     images = torch.randn(3, 3, 64, 32)
     with torch.no_grad():

@@ -107,7 +107,7 @@ def test_fusion_module_multiplies_the_pooled_part_into_the_teachers_map() -> Non
     assert torch.allclose(module(pool_part(part), teacher_map), standardize(torch.stack(fused), module.norm.weight))
 
 
-def test_a_part_that_is_empty_of_a_channel_silences_it() -> None:
+def test_a_channel_that_is_zero_in_the_part_is_zero_in_the_fused_feature() -> None:
     module = FusionModule(8).eval()
     part = torch.rand(2, 8, 2, 3)
     part[:, 3] = 0
@@ -187,7 +187,7 @@ def test_losses_train_every_parameter_of_student_and_fusion_modules(
     images = torch.randn(8, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         teacher_map = student(images, torch.arange(8) % 3).feature_map
-    # The trunk's and necks' statistics stand still, the parts' and fusion modules' norms run as in training.
+    # The trunk's and necks' statistics are fixed, the parts' and fusion modules' norms run as in training.
     freeze_statistics(student.reid)
     out = student(images, torch.arange(8) % 3)
     widths = student.reid.output_widths
@@ -219,7 +219,7 @@ def test_mixed_precision_gives_finite_gradients(student: PartReIDModel) -> None:
 
 
 def test_parts_without_the_fused_triplet_leave_the_fusion_modules_untrained(small_cnn: CnnTrunk) -> None:
-    """What each half of the part loss is for: the local one alone does not reach the fusion module."""
+    """Why the part loss has two halves: the local one alone does not reach the fusion module."""
     student = PartReIDModel(ReIDModel(PlainCnn(small_cnn)))
     fusion = FusionModules(student.map_channels, parts=2)
     labels = torch.arange(2).repeat_interleave(2)

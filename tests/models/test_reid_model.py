@@ -23,7 +23,7 @@ def hybrid(small_cnn: CnnTrunk, small_vit: VitTrunk) -> ReIDModel:
     return ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3), CHOSEN)
 
 
-def test_necks_stand_on_every_output_in_training_and_evaluation(hybrid: ReIDModel) -> None:
+def test_every_output_has_a_neck_in_training_and_evaluation(hybrid: ReIDModel) -> None:
     images = torch.randn(4, 3, 64, 32)
     for mode in (True, False):
         out = hybrid.train(mode)(images)
@@ -48,7 +48,7 @@ def test_descriptor_is_the_chosen_outputs_on_the_unit_sphere(hybrid: ReIDModel, 
         assert descriptor[row].tolist() == pytest.approx([value / length for value in values], abs=1e-5)
 
 
-def test_the_model_carries_what_its_backbone_says_about_its_outputs(hybrid: ReIDModel) -> None:
+def test_the_model_has_the_attributes_of_its_backbone(hybrid: ReIDModel) -> None:
     backbone = hybrid.backbone
     assert hybrid.output_names == backbone.output_names
     assert hybrid.output_widths == backbone.output_widths
@@ -111,7 +111,7 @@ def test_classifiers_start_near_zero() -> None:
     assert weights.std().item() == pytest.approx(0.001, rel=0.05)
 
 
-def test_classifiers_remade_from_centroids_start_at_their_directions() -> None:
+def test_classifiers_from_centroids_start_at_their_directions() -> None:
     centroids = 5 * torch.randn(4, 6)
     classifiers = Classifiers.from_centroids(centroids)
     (logits,) = classifiers((centroids,))

@@ -1,56 +1,48 @@
-"""Composition root: recipe, data set and device become plain objects, and each command becomes one run."""
+"""From recipes, data sets and checkpoints to plain objects; below this module nothing knows a recipe."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
-import numpy as np
+import torch
 
-from uda_reid import __version__
 from uda_reid.data.catalogue import open_dataset
-from uda_reid.data.image_set import ImageSet
-from uda_reid.data.image_store import ImageSettings, Sharing, in_content_order, load_images
+from uda_reid.data.image_set import ImageSet, camera_indices
+from uda_reid.data.image_store import load_images
 from uda_reid.data.market1501 import read_market1501
-from uda_reid.data.records import Records, ReIDDataset, TestSplit
-from uda_reid.engine.adapt import adapt
-from uda_reid.engine.checkpoint import Checkpoint, save_checkpoint
-from uda_reid.engine.evaluate import evaluate
-from uda_reid.engine.feature_bank import Encode, camera_indices
-from uda_reid.engine.pretrain import make_source_system, pretrain
-from uda_reid.engine.progress import Progress
-from uda_reid.engine.run import Run
-from uda_reid.engine.run_state import RunStates
-from uda_reid.engine.team import Team
+from uda_reid.data.records import Records, ReIDDataset
+from uda_reid.distributed import barrier, is_main
+from uda_reid.engine.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
+from uda_reid.engine.prepare import compile_networks, prepare
+from uda_reid.engine.strategy import Strategy
 from uda_reid.errors import UserError
+from uda_reid.models.attention_resnet import SamIbn
+from uda_reid.models.backbone import Backbone
+from uda_reid.models.fusion_reid import FusionReID
+from uda_reid.models.part_fusion import PartReIDModel
+from uda_reid.models.plain import PlainCnn, PlainVit
+from uda_reid.models.pooling import make_pooling
 from uda_reid.models.reid_model import ReIDModel
-from uda_reid.networks import Trained, cameras_known_in, descriptor_of, load_source_model, make_lf2, make_model
-from uda_reid.recipe import Recipe, dump_recipe
+from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
+from uda_reid.recipe import override_recipe, parse_recipe
 from uda_reid.report.console import Reporter
-from uda_reid.report.run_log import SUMMARY
+from uda_reid.seeding import derive_seed
+from uda_reid.settings import ImageSettings, Recipe
+from uda_reid.strategies import make_strategy, result_network
 from uda_reid.synthetic import DOMAINS, write_domain
 
-Summary = dict[str, Any]
 
-
-def open_data(
-    key: str, root: Path, *, labelled_train: bool, reporter: Reporter, team: Team | None = None
-) -> ReIDDataset:
-    """Reads the data set of a key or folder, rendering an embedded domain on its first use, and says what to know.
-
-    Args:
-        team: the processes that all open it.
-    """
-    team = team or Team()
+def open_data(key: str, root: Path, *, labelled_train: bool, reporter: Reporter) -> ReIDDataset:
+    """Reads the data set that a key or folder names, and renders an embedded domain on its first use. Collective."""
     if key in DOMAINS:
         folder = root / "synthetic" / key
-        if team.leads and not folder.is_dir():
+        if is_main() and not folder.is_dir():
             reporter.say(f"Rendering the embedded domain {key} into {folder} (once).")
             with reporter.progress(f"rendering {key}") as advance:
                 write_domain(key, folder, workers=os.cpu_count() or 1, on_progress=advance)
-        team.wait()
+        barrier()
         dataset = read_market1501(folder, key, labelled_train=labelled_train)
     else:
         dataset = open_dataset(key, root, labelled_train=labelled_train, embedded=tuple(DOMAINS))
@@ -59,200 +51,167 @@ def open_data(
     return dataset
 
 
-def load_set(records: Records, known_cameras: tuple[int, ...], images: ImageSettings, run: Run, name: str) -> ImageSet:
-    """Decodes the training split of a data set into the store that training reads, and says where that is."""
-    scratch, share = run.log.folder if run.log is not None else None, None
-    if scratch is not None and run.team.size > 1:
-        machine = run.team.rank - run.team.local_rank
-        file = scratch / f"images-{machine}.partial"
-        share = Sharing(run.team.local_rank, run.team.local_size, file, run.team.wait)
-    with run.reporter.progress(f"decoding {name}") as advance:
-        store = load_images(records.paths, images, device=run.device, scratch=scratch, on_progress=advance, share=share)
-    run.reporter.say(f"{name}: {store.describe()}")
-    cameras = camera_indices(records.camera_ids, known_cameras).to(run.device)
-    return ImageSet(store.images, cameras, images, records.paths)
+def load_image_set(
+    records: Records,
+    known_cameras: tuple[int, ...],
+    settings: ImageSettings,
+    *,
+    name: str,
+    device: torch.device,
+    scratch: Path | None,
+    reporter: Reporter,
+) -> ImageSet:
+    """Decodes images into the store that training reads, and says where that is. Collective.
+
+    Args:
+        known_cameras: camera ids that the model has embeddings for, if any.
+        scratch: folder for a memory-mapped file.
+    """
+    with reporter.progress(f"decoding {name}") as advance:
+        store = load_images(records.paths, settings, device=device, scratch=scratch, on_progress=advance)
+    reporter.say(f"{name}: {store.describe()}")
+    cameras = camera_indices(records.camera_ids, known_cameras).to(device)
+    return ImageSet(store.images, cameras, settings, records.paths)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a run has its summary, which is written last; what it saved to be gone on with is then removed."""
-    if not (folder / SUMMARY).is_file():
-        return False
-    RunStates(folder, lambda text: None).remove()
-    return True
+def make_model(recipe: Recipe, cameras: int, *, seed: int, pretrained: bool) -> ReIDModel:
+    """Returns the backbone that a recipe names, with its necks, on the CPU.
 
-
-def open_progress(run: Run) -> Progress:
-    """Where the run stands: at its start, or at the newest whole state in the folder of a run that goes on."""
-    if run.log is None:
-        return Progress()
-    states = RunStates(run.log.folder, run.reporter.warn)
-    found = states.newest() if run.log.goes_on else None
-    run.team.wait()  # until all have read, before the leader writes
-    progress = Progress(states if run.log.writes else None, run.training.checkpoint_minutes, found)
-    if found is not None:
-        run.log.restart(progress.rows)
-        run.reporter.say(f"Going on from {found.path}: epoch {progress.epoch + 1}, step {progress.step + 1}.")
-    elif run.log.goes_on:
-        run.log.restart([])
-        run.reporter.say(f"{run.log.folder} holds no saved state yet, so it begins at its start.")
-    return progress
-
-
-def run_pretrain(recipe: Recipe, source: ReIDDataset, run: Run) -> Summary:
-    """Trains on a labelled source, keeps the checkpoint, and measures it on the source's own test split."""
-    started = perf_counter()
-    run = replace(run, training=recipe.training)
-    progress = open_progress(run)
-    cameras = tuple(int(c) for c in np.unique(source.train.camera_ids))
-    known = cameras if recipe.model.transformer.camera_embedding else ()
-    identities, labels = np.unique(source.train.person_ids, return_inverse=True)
-    progress.check_images([path.name for path in source.train.paths])
-    model = make_model(recipe, len(cameras), seed=run.seed, pretrained=progress.tensors is None)
-    system = make_source_system(model, len(identities), recipe.pretrain)
-    data = load_set(source.train, known, recipe.images, run, source.name)
-    rows = pretrain(system, data, labels.astype(np.int64), recipe.pretrain, run, progress)
-    facts = {
-        "kind": "pretrain",
-        "recipe": dump_recipe(recipe),
-        "source": source.name,
-        "cameras": list(cameras),
-        "classes": len(identities),
+    Args:
+        cameras: of the source; they get embeddings if the recipe wants them.
+        seed: of the random weights.
+        pretrained: False leaves trunk weights out, for a model that a checkpoint will fill.
+    """
+    torch.manual_seed(derive_seed(seed))
+    makers: dict[str, Callable[[], Backbone]] = {
+        "cnn": lambda: PlainCnn(_make_cnn(recipe, pretrained), make_pooling(recipe.model.cnn.pooling)),
+        "vit": lambda: PlainVit(_make_vit(recipe, cameras, pretrained)),
+        "sam_ibn": lambda: _make_sam_ibn(recipe, pretrained),
+        "fusion_reid": lambda: _make_fusion_reid(recipe, cameras, pretrained),
     }
-    if run.log is not None and run.log.writes:
-        save_checkpoint(run.log.checkpoint, {"model": model}, facts)
-    model.eval()
-    test = _measure(descriptor_of(model), source.test, known, recipe, run, f"testing on {source.name}")
-    if test is not None:
-        run.reporter.metrics(f"{source.name}, supervised", {"source model": test})
-    summary = _summary(run, started, {"command": "pretrain", "source": source.name, "test": test, "epochs": rows})
-    progress.finish()
-    return summary
+    backbone = makers[recipe.model.backbone]()
+    return ReIDModel(backbone, recipe.model.descriptor or None, recipe.model.neck_feature)
 
 
-def run_adapt(recipe: Recipe, model: ReIDModel, init: Checkpoint, target: ReIDDataset, run: Run) -> Summary:
-    """Adapts a source model to a target whose identities are not read, and measures it before and after."""
-    started = perf_counter()
-    run = replace(run, training=recipe.training)
-    facts = init.facts
-    known = cameras_known_in(target.name, facts)
-    if len(target.train) < 2:
-        raise UserError(f"{target.folder} holds {len(target.train)} training images; at least 2 are needed to adapt.")
-    progress = open_progress(run)
-    if "before" not in progress.facts:
-        test = _measure(descriptor_of(model), target.test, known, recipe, run, "testing the source model")
-        progress.facts["before"] = test
-    before = progress.facts["before"]
-    system = make_lf2(recipe, model, run)
-    records = in_content_order(target.train)
-    progress.check_images([path.name for path in records.paths])
-    data = load_set(records, known, recipe.images, run, target.name)
-    rows = adapt(system, data, recipe.adapt, run, progress)
-    if run.log is not None and run.log.writes:
-        networks = {"teacher": system.teacher, "student": system.student, "fusion": system.fusion}
-        modules = {name: network for name, network in networks.items() if network is not None}
-        new_facts = {**facts, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}
-        save_checkpoint(run.log.checkpoint, modules, new_facts)
-    after = _measure(descriptor_of(system.teacher.eval()), target.test, known, recipe, run, "testing the adapted model")
-    if before is not None and after is not None:
-        run.reporter.metrics(f"{facts['source']} -> {target.name}", {"before": before, "after": after})
-    else:
-        run.reporter.say(f"{target.name} has no labelled test split, so no accuracy is reported.")
-    sat_out = sorted({level for row in rows for level in row["sat_out"]})
-    result = {
-        "command": "adapt",
-        "source": facts["source"],
-        "target": target.name,
-        "before": before,
-        "after": after,
-        "sat_out": {level: [row["epoch"] for row in rows if level in row["sat_out"]] for level in sat_out},
-        "epochs": rows,
-    }
-    summary = _summary(run, started, result)
-    progress.finish()
-    return summary
+def _make_fusion_reid(recipe: Recipe, cameras: int, pretrained: bool) -> FusionReID:
+    fusion = recipe.model.fusion
+    return FusionReID(
+        _make_cnn(recipe, pretrained),
+        _make_vit(recipe, cameras, pretrained),
+        dim=fusion.width,
+        layers=fusion.layers,
+        heads=fusion.heads,
+        mlp_ratio=fusion.mlp_ratio,
+        shared_encoder=fusion.shared_encoder,
+        lru=fusion.lru,
+        lru_kernel=fusion.lru_kernel,
+        seu=fusion.seu,
+        mfu=fusion.mfu,
+    )
 
 
-def run_evaluate(trained: Trained, target: ReIDDataset, run: Run, *, rerank: bool) -> Summary:
-    """Measures a trained model on a test split.
+def _make_sam_ibn(recipe: Recipe, pretrained: bool) -> SamIbn:
+    sam = recipe.model.sam_ibn
+    return SamIbn(
+        (recipe.images.height, recipe.images.width),
+        weights=sam.weights if pretrained else "none",
+        attention=sam.attention,
+        eca=sam.eca,
+        fusion=sam.fusion,
+        heads=sam.heads,
+        last_stride=sam.last_stride,
+        stem_pool=sam.stem_pool,
+        options=sam.options,
+        pooling=make_pooling(sam.pooling),
+    )
+
+
+def _make_cnn(recipe: Recipe, pretrained: bool) -> CnnTrunk:
+    cnn = recipe.model.cnn
+    weights = cnn.weights if pretrained else "none"
+    return cnn_trunk(
+        cnn.name, weights=weights, last_stride=cnn.last_stride, stem_pool=cnn.stem_pool, options=cnn.options
+    )
+
+
+def _make_vit(recipe: Recipe, cameras: int, pretrained: bool) -> VitTrunk:
+    vit = recipe.model.transformer
+    return vit_trunk(
+        vit.name,
+        image_size=(recipe.images.height, recipe.images.width),
+        patch_stride=vit.patch_stride,
+        weights=vit.weights if pretrained else "none",
+        cameras=cameras if vit.camera_embedding else 0,
+        drop_path=vit.drop_path,
+        options=vit.options,
+    )
+
+
+def build_strategy(recipe: Recipe, model: ReIDModel, *, seed: int, device: torch.device) -> Strategy:
+    """Returns the recipe's strategy around a source model, on the device; what the source lacks starts at random."""
+    torch.manual_seed(derive_seed(seed, 1))
+    strategy = make_strategy(model, recipe.adapt)
+    prepare(strategy, recipe.training, device)
+    compile_networks(strategy.encoders, recipe.training)
+    return strategy
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model from a checkpoint, in evaluation mode.
+
+    Attributes:
+        model: a `ReIDModel`, or what an adaptation made of it.
+        recipe: it was trained with, overrides applied.
+        metadata: of the checkpoint: kind, source, target, cameras, classes.
+        path: of the checkpoint.
+    """
+
+    model: ReIDModel | PartReIDModel
+    recipe: Recipe
+    metadata: dict[str, Any]
+    path: Path
+
+    def known_cameras(self, dataset: str) -> tuple[int, ...]:
+        """Returns the camera ids of a data set that the model has embeddings for.
+
+        Camera 1 of another data set is another camera, so ids only count where they were trained.
+        """
+        trained = dataset == self.metadata["source"] and self.recipe.model.transformer.camera_embedding
+        return tuple(self.metadata["cameras"]) if trained else ()
+
+
+def load_model(path: Path, *, device: torch.device, seed: int, overrides: tuple[str, ...] = ()) -> LoadedModel:
+    """Loads the model of any checkpoint: a source model, or the result of an adaptation.
 
     Raises:
-        UserError: the data set has no labelled test split.
+        UserError: the checkpoint cannot be read, or does not fit the overridden recipe.
     """
-    started = perf_counter()
-    if target.test is None:
-        raise UserError(f"{target.folder} has no labelled test split (query/ and bounding_box_test/) to evaluate on.")
-    run = replace(run, training=trained.recipe.training)
-    known = cameras_known_in(target.name, trained.facts)
-    metrics = _measure(trained.encode, target.test, known, trained.recipe, run, f"testing on {target.name}", rerank)
-    assert metrics is not None
-    origin = " -> ".join(trained.facts[key] for key in ("source", "target") if key in trained.facts)
-    run.reporter.metrics(f"{target.name}{', re-ranked' if rerank else ''}", {origin: metrics})
-    result = {"command": "evaluate", "target": target.name, "model": origin, "rerank": rerank, **metrics}
-    if run.log is not None:
-        run.log.append(result)
-    return _summary(run, started, result)
+    return _load(read_checkpoint(path), device, seed, overrides)
 
 
-def run_demo(recipe: Recipe, source: ReIDDataset, target: ReIDDataset, run: Run) -> Summary:
-    """Pre-trains and adapts with one recipe; each half is a run of its own inside the run's folder."""
-    assert run.log is not None
-    started = perf_counter()
-    first, second = (replace(run, log=run.log.part(name)) for name in ("pretrain", "adapt"))
-    assert first.log is not None
-    assert second.log is not None
-    for half in (first.log, second.log):
-        half.write_recipe(dump_recipe(recipe))
-    if not is_finished(first.log.folder):
-        run.reporter.say(f"1. Pre-training on {source.name}, with its labels.")
-        run_pretrain(recipe, source, first)
-        run.team.wait()  # for the checkpoint
-    run.reporter.say(f"2. Adapting to {target.name}, whose labels are not read.")
-    model, checkpoint, _ = load_source_model(first.log.checkpoint, run)
-    if is_finished(second.log.folder):
-        adapted = second.log.summary()
-    else:
-        adapted = run_adapt(recipe, model, checkpoint, target, second)
-    result = {"command": "demo", "source_only": adapted["before"], "adapted": adapted["after"]}
-    return _summary(run, started, result)
+def load_source_model(
+    path: Path, *, device: torch.device, seed: int, overrides: tuple[str, ...] = ()
+) -> LoadedModel:
+    """Loads the model of a pre-training, for an adaptation to start from.
 
-
-def _measure(
-    encode: Encode,
-    test: TestSplit | None,
-    known_cameras: tuple[int, ...],
-    recipe: Recipe,
-    run: Run,
-    title: str,
-    rerank: bool = False,
-) -> dict[str, float] | None:
-    if test is None:
-        return None
-    metrics = evaluate(
-        encode,
-        test,
-        images=recipe.images,
-        settings=recipe.evaluate,
-        known_cameras=known_cameras,
-        run=run,
-        rerank_gallery=rerank,
-        title=title,
-    )
-    if metrics.queries_without_match:
-        run.reporter.warn(
-            f"{metrics.queries_without_match} of {metrics.queries + metrics.queries_without_match} queries have no "
-            "match in the gallery from another camera and are left out."
+    Raises:
+        UserError: as `load_model`; also if the checkpoint is of another command.
+    """
+    checkpoint = read_checkpoint(path)
+    kind = checkpoint.metadata["kind"]
+    if kind != "pretrain":
+        raise UserError(
+            f"{path} is a checkpoint of '{kind}', but one of pretrain was expected; give the pre-training run to --init."
         )
-    return metrics.as_dict()
+    return _load(checkpoint, device, seed, overrides)
 
 
-def _summary(run: Run, started: float, result: Mapping[str, Any]) -> Summary:
-    summary = {
-        **result,
-        "seed": run.seed,
-        "device": str(run.device),
-        "version": __version__,
-        "seconds": round(perf_counter() - started, 3),
-    }
-    if run.log is not None:
-        run.log.write_summary(summary)
-    return summary
+def _load(checkpoint: Checkpoint, device: torch.device, seed: int, overrides: tuple[str, ...]) -> LoadedModel:
+    metadata: Mapping[str, Any] = checkpoint.metadata
+    recipe = override_recipe(parse_recipe(metadata["recipe"]), overrides)
+    model: ReIDModel | PartReIDModel = make_model(recipe, len(metadata["cameras"]), seed=seed, pretrained=False)
+    if metadata["kind"] == "adapt":
+        model = result_network(model, recipe.adapt)
+    load_checkpoint(model, checkpoint)
+    return LoadedModel(model.to(device).eval(), recipe, dict(metadata), checkpoint.path)

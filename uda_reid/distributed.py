@@ -5,7 +5,7 @@ by all processes in the same order.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from inspect import signature
 from itertools import pairwise
@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from uda_reid.errors import UserError
 
+Outputs = Mapping[str, Any]  # level -> NamedTuple of tensors
 TIMEOUT = timedelta(minutes=30)  # a process that is silent for longer counts as lost
 
 
@@ -90,6 +92,22 @@ def all_gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         rows.register_hook(lambda gradient: gradient * factor)
         gathered[rank()] = rows
     return torch.cat(gathered)
+
+
+def all_gather_outputs(outputs: Outputs, rows: Mapping[str, int]) -> Outputs:
+    """Returns the outputs of each level for the rows of all processes (`all_gather`). Collective.
+
+    Args:
+        outputs: level -> nested tuples of tensors [n, ...], None allowed.
+        rows: level -> rows of its whole batch.
+    """
+    if world_size() == 1:
+        return outputs
+
+    def gather(level: str) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: all_gather(tensor, shard_sizes(rows[level]))
+
+    return {level: tree_map_only(Tensor, gather(level), output) for level, output in outputs.items()}
 
 
 def all_reduce_mean(tensors: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
+STRATEGIES = ("lf2", "baseline")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
 
@@ -385,15 +386,12 @@ class LF2Settings:
             raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
 
 
-STRATEGIES = ("lf2", "baseline")
-
-
 @dataclass(frozen=True)
 class AdaptSettings:
     """What every adaptation strategy shares: length, batches, clustering; then one section for each strategy.
 
     Attributes:
-        strategy: one of STRATEGIES; only its own section may be set.
+        strategy: one of STRATEGIES; only the section of that name may be set.
         steps: training steps an epoch.
         identities, instances: P and K of the batch of each level.
         shared_batch: one batch for all levels, drawn by the labels of the first, instead of one batch each.
@@ -425,6 +423,11 @@ class AdaptSettings:
                 f"{self.steps} and {self.feature_batch}."
             )
         _check_batch("adapt", self.identities, self.instances)
+
+    @property
+    def own(self) -> Any:
+        """The settings of the strategy."""
+        return getattr(self, self.strategy)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from uda_reid.data import augment as augment_module
-from uda_reid.data.augment import AugmentSettings, augment, flip_and_crop, normalise, random_erase_
+from uda_reid.data.augment import augment, flip_and_crop, normalize, random_erase_
 from uda_reid.errors import UserError
+from uda_reid.settings import AugmentSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -56,26 +57,26 @@ def usual_crops(image: Tensor, pad: int) -> dict[tuple[bool, int, int], bytes]:
 def test_flip_and_crop_has_the_distribution_of_the_usual_one(flip: float, pad: int, height: int, width: int) -> None:
     image = random_images(1, height, width)
     crops = usual_crops(image[0], pad)
-    place_of = {pixels: place for place, pixels in crops.items()}
-    assert len(place_of) == len(crops) == 2 * (2 * pad + 1) ** 2
+    crop_of = {pixels: crop for crop, pixels in crops.items()}
+    assert len(crop_of) == len(crops) == 2 * (2 * pad + 1) ** 2
     draws = 12_000
     moved = flip_and_crop(image.expand(draws, -1, -1, -1), flip, pad, generator())
     assert (moved.dtype, moved.shape) == (torch.uint8, (draws, 3, height, width))
-    found = Counter(place_of[each.numpy().tobytes()] for each in moved)
-    expected = {place: draws * (flip if place[0] else 1 - flip) / (2 * pad + 1) ** 2 for place in crops}
-    assert all(expected[place] > 0 for place in found)
-    possible = [place for place in crops if expected[place] > 0]
-    chi_square = sum((found[place] - expected[place]) ** 2 / expected[place] for place in possible)
+    found = Counter(crop_of[each.numpy().tobytes()] for each in moved)
+    expected = {crop: draws * (flip if crop[0] else 1 - flip) / (2 * pad + 1) ** 2 for crop in crops}
+    assert all(expected[crop] > 0 for crop in found)
+    possible = [crop for crop in crops if expected[crop] > 0]
+    chi_square = sum((found[crop] - expected[crop]) ** 2 / expected[crop] for crop in possible)
     assert chi_square <= stats.chi2.ppf(1 - 1e-4, max(len(possible) - 1, 1))
 
 
 def test_neighbours_in_a_batch_are_moved_independently() -> None:
     images = random_images(1, 6, 5).expand(20_000, -1, -1, -1)
-    place_of = {pixels: place for place, pixels in usual_crops(images[0], 1).items()}
-    places = [place_of[each.numpy().tobytes()] for each in flip_and_crop(images, 0.5, 1, generator(1))]
-    pairs = Counter(zip(places[::2], places[1::2], strict=True))
+    crop_of = {pixels: crop for crop, pixels in usual_crops(images[0], 1).items()}
+    drawn = [crop_of[each.numpy().tobytes()] for each in flip_and_crop(images, 0.5, 1, generator(1))]
+    pairs = Counter(zip(drawn[::2], drawn[1::2], strict=True))
     expected = 10_000 / 18**2
-    every = [(a, b) for a in place_of.values() for b in place_of.values()]
+    every = [(a, b) for a in crop_of.values() for b in crop_of.values()]
     chi_square = sum((pairs[pair] - expected) ** 2 / expected for pair in every)
     assert chi_square <= stats.chi2.ppf(1 - 1e-4, len(every) - 1)
 
@@ -104,17 +105,17 @@ def test_flip_and_crop_takes_a_pad_above_the_size() -> None:
     assert all(each.numpy().tobytes() in allowed for each in moved)
 
 
-def test_normalise_is_the_formula() -> None:
+def test_normalize_is_the_formula() -> None:
     images = random_images(2, 3, 4)
     images[0, :, 0, 0] = torch.tensor([0, 255, 128], dtype=torch.uint8)
-    normalised = normalise(images, MEAN, STD)
-    assert normalised.dtype == torch.float32
+    normalized = normalize(images, MEAN, STD)
+    assert normalized.dtype == torch.float32
     for b in range(2):
         for c in range(3):
             for row in range(3):
                 for column in range(4):
                     expected = (int(images[b, c, row, column]) / 255 - MEAN[c]) / STD[c]
-                    assert normalised[b, c, row, column].item() == pytest.approx(expected, abs=1e-5)
+                    assert normalized[b, c, row, column].item() == pytest.approx(expected, abs=1e-5)
 
 
 def usual_box(height: int, width: int, rng: random.Random) -> Box | None:
@@ -245,20 +246,20 @@ def test_a_gpus_way_of_filling_fills_the_same_boxes() -> None:
     assert stats.kstest(filled["noise"][erased][:100_000].numpy(), "norm").pvalue > 1e-4
 
 
-def test_augment_is_flip_crop_normalise_erase_in_this_order() -> None:
+def test_augment_is_flip_crop_normalize_erase_in_this_order() -> None:
     images = random_images(16, 12, 8)
     settings = AugmentSettings(flip=0.5, pad=3, erase=0.7, erase_fill="noise")
     whole = augment(images, settings, MEAN, STD, generator(4))
     source = generator(4)
-    steps = random_erase(normalise(flip_and_crop(images, 0.5, 3, source), MEAN, STD), 0.7, "noise", source)
+    steps = random_erase(normalize(flip_and_crop(images, 0.5, 3, source), MEAN, STD), 0.7, "noise", source)
     assert torch.equal(whole, steps)
     assert (whole.shape, whole.dtype) == (images.shape, torch.float32)
 
 
-def test_without_probabilities_only_the_normalisation_is_left() -> None:
+def test_without_probabilities_only_the_normalization_is_left() -> None:
     images = random_images(8, 12, 8)
     nothing = AugmentSettings(flip=0, pad=0, erase=0)
-    assert torch.equal(augment(images, nothing, MEAN, STD, generator()), normalise(images, MEAN, STD))
+    assert torch.equal(augment(images, nothing, MEAN, STD, generator()), normalize(images, MEAN, STD))
 
 
 def test_the_seed_decides_everything_and_nothing_else_does() -> None:
@@ -292,7 +293,7 @@ def test_a_batch_of_one_and_a_batch_of_none() -> None:
         ({"erase_fill": "black"}, "'black'"),
     ],
 )
-def test_settings_refuse_what_cannot_be(
+def test_settings_refuse_values_out_of_range(
     wrong: dict[str, object], named: str, assert_sentence: Callable[..., None]
 ) -> None:
     with pytest.raises(UserError) as error:

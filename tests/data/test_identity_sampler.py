@@ -1,4 +1,4 @@
-"""P x K batches, by what the docstring and the papers ask of them."""
+"""P x K batches: what the docstring and the papers require of them."""
 
 from collections import Counter
 
@@ -14,6 +14,10 @@ def sampler_of(labels: list[int], identities: int, instances: int, seed: int = 0
     return IdentitySampler(np.array(labels), identities, instances, torch.Generator().manual_seed(seed))
 
 
+def draw(sampler: IdentitySampler, batches: int) -> list[torch.Tensor]:
+    return [sampler.draw() for _ in range(batches)]
+
+
 def groups(batch: torch.Tensor, instances: int) -> list[list[int]]:
     return batch.view(-1, instances).tolist()
 
@@ -24,8 +28,7 @@ def test_a_batch_has_p_identities_side_by_side_and_k_of_each(identities: int, in
     labels = [identity for identity in range(11) for _ in range(5 + identity % 3)]
     labels = [labels[i] for i in np.random.default_rng(seed).permutation(len(labels))]
     sampler = sampler_of(labels, identities, instances, seed)
-    assert sampler.batch == identities * instances
-    for batch in sampler.batches(40):
+    for batch in draw(sampler, 40):
         assert (batch.dtype, batch.shape) == (torch.int64, (identities * instances,))
         found = []
         for group in groups(batch, instances):
@@ -40,49 +43,48 @@ def test_all_identities_and_images_are_seen_in_a_round(identities: int, instance
     labels = [identity for identity in range(7) for _ in range(6)]
     sampler = sampler_of(labels, identities, instances)
     # A round of identities takes ceil(7 / P) batches, and an identity's images ceil(6 / K) of its turns.
-    seen = set(torch.cat(list(sampler.batches(-(-7 // identities)))).div(6, rounding_mode="floor").tolist())
+    seen = set(torch.cat(draw(sampler, -(-7 // identities))).div(6, rounding_mode="floor").tolist())
     assert seen == set(range(7))
     turns = 3 * -(-6 // instances) * -(-7 // identities)
-    images = set(torch.cat(list(sampler.batches(turns))).tolist())
+    images = set(torch.cat(draw(sampler, turns)).tolist())
     assert images == set(range(42))
 
 
 def test_identities_and_images_are_drawn_evenly() -> None:
     labels = [identity for identity in range(5) for _ in range(6)]
     sampler = sampler_of(labels, 2, 4)
-    drawn = Counter(torch.cat(list(sampler.batches(3000))).tolist())
+    drawn = Counter(torch.cat(draw(sampler, 3000)).tolist())
     # 24,000 draws of 30 images: rounds make the counts more even than independent draws (variance 773) would.
     assert max(abs(drawn[image] - 800) for image in range(30)) < 40
 
 
 def test_every_pair_of_identities_meets() -> None:
     labels = [identity for identity in range(5) for _ in range(2)]
-    meetings = Counter(frozenset((batch[::2] // 2).tolist()) for batch in sampler_of(labels, 2, 2).batches(2000))
+    meetings = Counter(frozenset((batch[::2] // 2).tolist()) for batch in draw(sampler_of(labels, 2, 2), 2000))
     assert len(meetings) == 10
     assert min(meetings.values()) > 100
 
 
 def test_outliers_are_never_drawn() -> None:
     labels = [-1, 0, -1, 1, 0, 1, -1, 2, 2, -2]
-    drawn = set(torch.cat(list(sampler_of(labels, 2, 2).batches(50))).tolist())
+    drawn = set(torch.cat(draw(sampler_of(labels, 2, 2), 50)).tolist())
     assert drawn == {i for i, label in enumerate(labels) if label >= 0}
 
 
 def test_labels_need_not_be_consecutive() -> None:
     labels = [70, 3, 70, 1000, 3, 1000]
-    for batch in sampler_of(labels, 2, 2).batches(20):
+    for batch in draw(sampler_of(labels, 2, 2), 20):
         assert all(len({labels[i] for i in group}) == 1 for group in groups(batch, 2))
 
 
 def test_fewer_identities_than_p_make_a_smaller_batch() -> None:
     sampler = sampler_of([0, 0, 0, 1, 1, 1], 16, 3)
-    assert sampler.batch == 6
     assert sorted(sampler.draw().tolist()) == list(range(6))
 
 
-def test_a_small_identity_fills_its_places_with_repeats() -> None:
+def test_a_small_identity_repeats_its_images() -> None:
     labels = [0, 1, 1, 2, 2, 2, 2]
-    for batch in sampler_of(labels, 3, 4).batches(30):
+    for batch in draw(sampler_of(labels, 3, 4), 30):
         by_identity = {labels[group[0]]: Counter(group) for group in groups(batch, 4)}
         assert by_identity[0] == {0: 4}
         assert by_identity[1] == {1: 2, 2: 2}
@@ -91,7 +93,7 @@ def test_a_small_identity_fills_its_places_with_repeats() -> None:
 
 def test_the_seed_decides_every_batch() -> None:
     labels = [i % 9 for i in range(50)]
-    first, again, other = (torch.stack(list(sampler_of(labels, 4, 3, seed).batches(20))) for seed in (5, 5, 6))
+    first, again, other = (torch.stack(draw(sampler_of(labels, 4, 3, seed), 20)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uda_reid.data import image_store
-from uda_reid.data.image_store import ImageSettings, decode, in_content_order, load_images, stream_images
-from uda_reid.data.records import UNKNOWN, make_records
+from uda_reid.data.image_store import decode, decode_blocks, load_images
 from uda_reid.errors import UserError
+from uda_reid.settings import ImageSettings
 
 SMALL = ImageSettings(height=24, width=12)
 NEVER_IN_MEMORY = ImageSettings(height=24, width=12, memory_limit_gib=0.0)
@@ -22,12 +21,12 @@ CPU = torch.device("cpu")
 
 
 def load(paths: Sequence[Path], settings: ImageSettings, scratch: Path | None = None) -> Tensor:
-    """The images of a store for the CPU."""
+    """Returns the images of a store for the CPU."""
     return load_images(paths, settings, device=CPU, scratch=scratch).images
 
 
 def reference(path: Path, settings: ImageSettings) -> np.ndarray:
-    """What Pillow makes of the file, pixel by pixel."""
+    """Returns Pillow's image of the file, pixel by pixel."""
     with Image.open(path) as image:
         resized = image.convert("RGB").resize((settings.width, settings.height), Image.Resampling.BILINEAR)
     pixels = np.zeros((3, settings.height, settings.width), dtype=np.uint8)
@@ -59,22 +58,22 @@ def test_the_store_keeps_the_order_of_the_paths(tmp_path: Path, draw: Callable[.
         assert (image.numpy() == decode(path, SMALL)).all()
 
 
-@pytest.mark.parametrize("images", [1, 3, 4, 5, 8])
-def test_memory_map_and_stream_equal_the_store_in_memory(
-    images: int, tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("images", [1, 3, 1024, 1025, 2048])
+def test_memory_map_and_blocks_equal_the_store_in_memory(
+    images: int, tmp_path: Path, draw: Callable[..., Path]
 ) -> None:
-    monkeypatch.setattr(image_store, "CHUNK", 4)
-    paths = [draw(tmp_path / f"{i}.jpg", seed=i) for i in range(images)]
+    files = [draw(tmp_path / f"{i}.jpg", seed=i) for i in range(5)]
+    paths = [files[i % 5] for i in range(images)]
     seen: list[tuple[int, int]] = []
     in_memory = load_images(paths, SMALL, device=CPU, on_progress=lambda *counts: seen.append(counts)).images
-    assert seen == [(min(start + 4, images), images) for start in range(0, images, 4)]
+    assert seen == [(min(start + 1024, images), images) for start in range(0, images, 1024)]
     assert torch.equal(load(paths, NEVER_IN_MEMORY, tmp_path), in_memory)
-    blocks = list(stream_images(paths, SMALL))
-    assert [len(block) for block in blocks] == [min(4, images - start) for start in range(0, images, 4)]
+    blocks = list(decode_blocks(paths, SMALL))
+    assert [len(block) for block in blocks] == [min(1024, images - start) for start in range(0, images, 1024)]
     assert torch.equal(torch.cat(blocks), in_memory)
 
 
-def test_a_large_set_lies_in_a_file_that_goes_with_it(tmp_path: Path, draw: Callable[..., Path]) -> None:
+def test_a_large_set_lies_in_a_file_that_is_freed_with_it(tmp_path: Path, draw: Callable[..., Path]) -> None:
     paths = [draw(tmp_path / "images" / f"{i}.png", seed=i) for i in range(3)]
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -87,7 +86,7 @@ def test_a_large_set_lies_in_a_file_that_goes_with_it(tmp_path: Path, draw: Call
         assert str(scratch) not in maps.read_text()
 
 
-def test_a_full_disk_is_said_before_anything_is_written(
+def test_a_full_disk_is_reported_before_anything_is_written(
     tmp_path: Path, draw: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, assert_sentence: Callable[..., None]
 ) -> None:
     path = draw(tmp_path / "a.png")
@@ -107,7 +106,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     assert os.listdir(scratch) == []
 
 
-def test_the_store_needs_no_file_any_more(tmp_path: Path, draw: Callable[..., Path]) -> None:
+def test_the_store_no_longer_needs_the_files(tmp_path: Path, draw: Callable[..., Path]) -> None:
     path = draw(tmp_path / "a.png")
     expected = torch.tensor(decode(path, SMALL))
     store = load([path], SMALL)
@@ -135,7 +134,7 @@ def test_a_damaged_image_is_named_in_one_sentence(
     good = [draw(tmp_path / f"good{i}.{suffix}", seed=i) for i in range(3)]
     bad = draw(tmp_path / f"bad.{suffix}", seed=9)
     spoil(bad, how)
-    for read in (lambda paths: load(paths, SMALL), lambda paths: list(stream_images(paths, SMALL))):
+    for read in (lambda paths: load(paths, SMALL), lambda paths: list(decode_blocks(paths, SMALL))):
         with pytest.raises(UserError) as error:
             read([*good, bad])
         assert_sentence(error.value, bad)
@@ -160,45 +159,6 @@ def test_flipped_bytes_never_raise_anything_but_a_sentence(tmp_path: Path, draw:
     assert all(str(tmp_path / "b.") in sentence for sentence in sentences)
 
 
-def test_content_order_does_not_know_names_or_identities(tmp_path: Path, draw: Callable[..., Path]) -> None:
-    contents = [draw(tmp_path / f"{i}.png", seed=i).read_bytes() for i in range(12)]
-    orders = []
-    for trial in range(3):
-        folder = tmp_path / f"trial{trial}"
-        folder.mkdir()
-        # Every trial gives the same twelve images other names and other identities, and reads them in another order.
-        names = random.Random(trial).sample(range(1000), 12)
-        paths = [folder / f"{names[i]:04d}_c{i % 3 + 1}_1.png" for i in range(12)]
-        for path, content in zip(paths, contents, strict=True):
-            path.write_bytes(content)
-        order = random.Random(trial + 10).sample(range(12), 12)
-        records = make_records([paths[i] for i in order], [names[i] for i in order], [i % 3 + 1 for i in order])
-        ordered = in_content_order(records)
-        assert (ordered.person_ids == UNKNOWN).all()
-        places = [paths.index(path) for path in ordered.paths]
-        assert sorted(places) == list(range(12))
-        assert ordered.camera_ids.tolist() == [place % 3 + 1 for place in places]
-        orders.append(places)
-    assert orders[0] == orders[1] == orders[2]
-    assert orders[0] != list(range(12))
-
-
-def test_content_order_of_copies_follows_the_camera(tmp_path: Path, draw: Callable[..., Path]) -> None:
-    content = draw(tmp_path / "a.png").read_bytes()
-    paths = []
-    for name in ("x", "y", "z"):
-        paths.append(tmp_path / f"{name}.png")
-        paths[-1].write_bytes(content)
-    ordered = in_content_order(make_records(paths, [1, 2, 3], [5, 2, 4]))
-    assert ordered.camera_ids.tolist() == [2, 4, 5]
-
-
-def test_content_order_names_a_file_that_is_gone(tmp_path: Path, assert_sentence: Callable[..., None]) -> None:
-    with pytest.raises(UserError) as error:
-        in_content_order(make_records([tmp_path / "gone.png"], [1], [1]))
-    assert_sentence(error.value, tmp_path / "gone.png")
-
-
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
@@ -206,10 +166,10 @@ def test_content_order_names_a_file_that_is_gone(tmp_path: Path, assert_sentence
         ({"width": -1}, "images.width"),
         ({"mean": (0.5, 0.5)}, "images.mean"),
         ({"std": (0.5, 0.5, 0.0)}, "images.std"),
-        ({"store": "disk"}, "one of auto, device, pinned, memory, file, not 'disk'"),
+        ({"store": "disk"}, "one of auto, device, pinned, memory, file, got 'disk'"),
     ],
 )
-def test_settings_refuse_what_cannot_be(
+def test_settings_refuse_values_out_of_range(
     wrong: dict[str, object], named: str, assert_sentence: Callable[..., None]
 ) -> None:
     with pytest.raises(UserError) as error:

@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.batch_norm import GroupedBatchNorm1d, GroupedBatchNorm2d, GroupedBNNeck, state_batch_norms
+from uda_reid.models.batch_norm import GroupedBatchNorm, set_batch_norm_group
 from uda_reid.models.bnneck import BNNeck
 
 SHARES = (20, 12)  # images of the two processes
@@ -100,7 +100,7 @@ def test_each_group_is_normalised_by_its_own_statistics(
     target = torch.randn_like(batch)
     layer = layer_for(batch.shape)
     expected_layer = deepcopy(layer)
-    state_batch_norms(layer, group)
+    set_batch_norm_group(layer, group)
     found = train(layer, batch, target)
 
     reference = batch.clone().requires_grad_()
@@ -123,7 +123,7 @@ def test_each_group_is_normalised_by_its_own_statistics(
 def test_without_momentum_the_running_statistics_are_the_mean_over_forwards() -> None:
     layer = layer_for((8, 3, 2, 2), momentum=None)
     layer.reset_running_stats()
-    state_batch_norms(layer, 4)
+    set_batch_norm_group(layer, 4)
     batches = torch.randn(3, 8, 3, 2, 2, dtype=torch.float64)
     expected = [by_definition(batch, (4, 4), layer)[1:] for batch in batches]
     for batch in batches:
@@ -138,7 +138,7 @@ def test_the_layers_options_hold(options: dict[str, Any]) -> None:
     batch = torch.randn(9, 3, 2, 2, dtype=torch.float64)
     layer = layer_for(batch.shape, **options)
     before = deepcopy(layer)
-    state_batch_norms(layer, 4)
+    set_batch_norm_group(layer, 4)
     output, mean, variance = by_definition(batch, (5, 4), before)
     torch.testing.assert_close(layer(batch), output)
     if layer.track_running_stats:
@@ -151,7 +151,7 @@ def test_a_batch_of_one_group_is_torchs_own_to_the_last_bit() -> None:
     batch, target = torch.randn(2, 6, 3, 4, 4)
     plain = nn.BatchNorm2d(3)
     grouped = deepcopy(plain)
-    state_batch_norms(grouped, 6)
+    set_batch_norm_group(grouped, 6)
     assert_same(train(grouped, batch, target), train(plain, batch, target), tolerance=0)
 
 
@@ -160,21 +160,21 @@ def test_evaluation_is_torchs_own(group: int) -> None:
     batch = torch.randn(6, 3, 2, 2, dtype=torch.float64)
     plain = layer_for(batch.shape).eval()
     grouped = deepcopy(plain)
-    state_batch_norms(grouped, group)
+    set_batch_norm_group(grouped, group)
     assert torch.equal(grouped(batch), plain(batch))
     assert torch.equal(grouped.running_mean, plain.running_mean)
 
 
 def test_one_value_per_channel_is_refused() -> None:
     layer = nn.BatchNorm1d(3)
-    state_batch_norms(layer, 4)
+    set_batch_norm_group(layer, 4)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.randn(1, 3))
 
 
 def test_groups_before_and_after_one_another_share_a_backward() -> None:
     layer = layer_for((8, 3, 2, 2))
-    state_batch_norms(layer, 4)
+    set_batch_norm_group(layer, 4)
     large, small = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.randn(4, 3, 2, 2, dtype=torch.float64)
     (layer(small).square().sum() + layer(large).square().sum() + layer(small).square().sum()).backward()
     both = layer.weight.grad.clone()
@@ -186,7 +186,7 @@ def test_groups_before_and_after_one_another_share_a_backward() -> None:
 def test_half_precision_and_memory_format_are_torchs() -> None:
     plain = nn.BatchNorm2d(16)
     grouped = deepcopy(plain)
-    state_batch_norms(grouped, 4)
+    set_batch_norm_group(grouped, 4)
     batch = (torch.randn(8, 16, 4, 3) + 100).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     batch.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,8 +213,8 @@ def test_conversion_keeps_everything_but_the_class() -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
-    state_batch_norms(model, 4)
-    assert [type(layer) for layer in (model[1], *model[2])] == [GroupedBatchNorm2d, GroupedBatchNorm1d, GroupedBNNeck]
+    set_batch_norm_group(model, 4)
+    assert all(isinstance(layer, GroupedBatchNorm) for layer in (model[1], *model[2]))
     assert isinstance(model[1], nn.BatchNorm2d)
     assert isinstance(model[2][0], nn.BatchNorm1d)
     assert isinstance(model[2][1], BNNeck)
@@ -236,12 +236,12 @@ def test_a_second_call_states_anew() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     batch = torch.randn(12, 3, 2, 2)
     for group in (4, 6, 6):
-        state_batch_norms(model, group)
+        set_batch_norm_group(model, group)
         output = by_definition(batch.double(), [group] * (12 // group), nn.BatchNorm2d(3).double())[0]
         torch.testing.assert_close(model[0](batch).double(), output, rtol=1e-4, atol=1e-5)
-        assert [type(layer) for layer in model] == [GroupedBatchNorm2d] * 2
+        assert [layer.group for layer in model] == [group] * 2
     copy = deepcopy(model)
-    state_batch_norms(copy, 0)
+    set_batch_norm_group(copy, 0)
     assert [type(layer) for layer in copy] == [nn.BatchNorm2d] * 2
     assert vars(copy[0]).keys() == vars(nn.BatchNorm2d(3)).keys()
     assert model[0].group == 6
@@ -249,27 +249,27 @@ def test_a_second_call_states_anew() -> None:
 
 def test_nothing_changes_for_the_whole_batch_of_one_process() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), BatchNormAct2d(3))
-    state_batch_norms(model, 0)
+    set_batch_norm_group(model, 0)
     assert [type(layer) for layer in model] == [nn.BatchNorm2d, BatchNormAct2d]
 
 
 @pytest.mark.parametrize("group", [1, -4])
 def test_a_group_without_variance_is_refused(group: int) -> None:
     with pytest.raises(UserError, match=f"got {group}"):
-        state_batch_norms(nn.BatchNorm2d(3), group)
+        set_batch_norm_group(nn.BatchNorm2d(3), group)
 
 
 @pytest.mark.parametrize("other", [BatchNormAct2d(3), nn.SyncBatchNorm(3), nn.BatchNorm3d(3), ByDefinition(3)])
 def test_a_batch_norm_with_its_own_forward_is_refused(other: nn.Module) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(other))
     with pytest.raises(UserError, match=f"{type(other).__name__} at '1.0'"):
-        state_batch_norms(model, 4)
+        set_batch_norm_group(model, 4)
     assert type(model[0]) is nn.BatchNorm2d
 
 
 def test_a_training_step_of_a_whole_network() -> None:
     grouped, expected = tiny_resnet(), tiny_resnet()
-    state_batch_norms(grouped, 4)
+    set_batch_norm_group(grouped, 4)
     for path, layer in list(expected.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             reference = ByDefinition(layer.num_features).double()
@@ -289,7 +289,7 @@ def test_a_training_step_of_a_whole_network() -> None:
 def test_a_compiled_network_does_the_same(group: int) -> None:
     batch, target = torch.randn(2, 12, 3, 2, 2, dtype=torch.float64)
     network = nn.Sequential(layer_for(batch.shape), nn.ReLU())
-    state_batch_norms(network, group)
+    set_batch_norm_group(network, group)
     compiled = deepcopy(network)
     compiled.compile(backend="aot_eager")
     assert_same(train(compiled, batch, target), train(network, batch, target))
@@ -325,23 +325,23 @@ def work(rank: int, folder: str) -> None:
     cases: dict[str, object] = {}
     for name, group, counts in (("groups", 16, (16, 16)), ("whole", 0, SHARES)):
         model = tiny_resnet()
-        state_batch_norms(model, group)
+        set_batch_norm_group(model, group)
         cases[name] = train(model, share(images, rank, counts), share(target, rank, counts))
     rows, gradient = images[:, :, 0, 0], target[:, :3]
     for counts in UNEVEN:
         layer = layer_for(rows.shape, momentum=None)
-        state_batch_norms(layer, 0)
+        set_batch_norm_group(layer, 0)
         cases[str(counts)] = train(layer, share(rows, rank, counts), share(gradient, rank, counts))
     layer = layer_for(rows.shape, affine=False)
-    state_batch_norms(layer, 0)
+    set_batch_norm_group(layer, 0)
     layer.compile(backend="aot_eager")
     cases["compiled"] = train(layer, share(rows, rank, SHARES), share(gradient, rank, SHARES))
     layer = nn.BatchNorm2d(3)
-    state_batch_norms(layer, 0)
+    set_batch_norm_group(layer, 0)
     layer(share(off_centre(), rank, SHARES))
     cases["off centre"] = dict(layer.named_buffers())
     layer = nn.BatchNorm2d(16)
-    state_batch_norms(layer, 0)
+    set_batch_norm_group(layer, 0)
     batch = torch.randn(4, 16, 4, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     batch.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -386,7 +386,7 @@ def test_two_processes_in_groups_are_one(processes: list[dict[str, Any]]) -> Non
     found = [case["groups"] for case in processes]
     assert not torch.equal(found[0]["bn1.running_mean"], found[1]["bn1.running_mean"])
     model = tiny_resnet()
-    state_batch_norms(model, 16)
+    set_batch_norm_group(model, 16)
     assert_same(joined(found), train(model, *whole_batch()))
 
 

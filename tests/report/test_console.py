@@ -1,16 +1,18 @@
-"""What a person sees, on a terminal and in a file."""
+"""What the user sees, on a terminal and in a file."""
 
 import io
 import re
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from uda_reid.report.console import Reporter
 
 TRICKY = ["[red]plaza[/red]", "a:b:c :smile:", "C:\\data\\", "[/]", "[bold", "100 % [3/4]"]
 VALUES = {"mAP": 40.04, "rank1": 61.25, "rank5": 75.0, "rank10": 80.0, "mINP": 12.34}
 BETTER = {"mAP": 55.5, "rank1": 60.0, "rank5": 75.0, "rank10": 90.0, "mINP": 20.0}
+ERASED = "\x1b[1A\x1b[2K"  # one line up, and cleared
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -20,7 +22,7 @@ def printed(write: Callable[[Reporter], object], *, terminal: bool) -> str:
     return file.getvalue()
 
 
-def test_a_file_is_no_terminal_unless_said() -> None:
+def test_a_file_is_no_terminal_unless_given_as_one() -> None:
     assert not Reporter(io.StringIO()).is_terminal
     assert Reporter(io.StringIO(), terminal=True).is_terminal
 
@@ -39,9 +41,9 @@ def test_names_are_printed_as_they_are(text: str, terminal: bool) -> None:
         "progress": lambda reporter: reporter.progress(text).__enter__()(1, 2),
     }
     if not terminal:
-        del everything["progress"]  # it only speaks when its stage is over
-    for place, write in everything.items():
-        assert text in ESCAPE.sub("", printed(write, terminal=terminal)), place
+        del everything["progress"]  # it prints only at the end of its stage
+    for name, write in everything.items():
+        assert text in ESCAPE.sub("", printed(write, terminal=terminal)), name
 
 
 def test_long_lines_are_not_broken_in_a_file() -> None:
@@ -60,6 +62,7 @@ def test_plain_output_has_no_control_codes() -> None:
         with reporter.progress("decoding") as advance:
             advance(1, 2)
             advance(2, 2)
+        list(reporter.track([(range(3),)], "epoch 1", 3))
 
     text = printed(everything, terminal=False)
     assert "\x1b" not in text
@@ -71,31 +74,58 @@ def test_a_warning_says_so() -> None:
     assert printed(lambda reporter: reporter.warn("low"), terminal=False) == "warning: low\n"
 
 
-def test_a_bar_leaves_nothing_in_a_file_and_a_stage_leaves_one_line() -> None:
-    def bar(reporter: Reporter) -> None:
-        with reporter.bar("epoch 1") as advance:
-            for done in range(5):
-                advance(done, 5)
+def test_tracking_yields_every_batch_and_prints_nothing_to_a_file() -> None:
+    batches = [(torch.zeros(4, 3), torch.zeros(4)), (torch.zeros(2, 3), torch.zeros(2))]
+    file = io.StringIO()
+    found = list(Reporter(file, terminal=False).track(iter(batches), "epoch 1", 6))
+    assert all(mine is given for mine, given in zip(found, batches, strict=True))
+    assert file.getvalue() == ""
 
+
+@pytest.mark.parametrize(
+    ("batches", "size"),
+    [([(torch.zeros(3, 2), torch.zeros(3)), (torch.zeros(5, 2), torch.zeros(5))], None), ([3, 5], lambda size: size)],
+)
+def test_a_bar_on_a_terminal_counts_images_and_disappears(
+    batches: list[object], size: Callable[[object], int] | None
+) -> None:
+    file = io.StringIO()
+    for _ in Reporter(file, terminal=True).track(batches, "epoch 1", 16, size):
+        pass
+    text = file.getvalue()
+    plain = ESCAPE.sub("", text)
+    assert "epoch 1" in plain
+    assert "8/16" in plain
+    assert "images/s" in plain
+    assert text.endswith(ERASED)
+
+
+def test_a_bar_disappears_when_the_loop_is_left() -> None:
+    def loop(reporter: Reporter, error: Exception | None) -> None:
+        for _ in reporter.track([(range(3),)] * 4, "epoch 1", 12):
+            if error is not None:
+                raise error
+            break
+
+    file = io.StringIO()
+    reporter = Reporter(file, terminal=True)
+    loop(reporter, None)
+    assert file.getvalue().endswith(ERASED)
+    with pytest.raises(RuntimeError, match="torn") as error:
+        loop(reporter, RuntimeError("torn"))
+    assert file.getvalue().endswith(ERASED), "the bar is still there while the error is reported"
+    reporter.say(str(error.value))
+    assert file.getvalue().endswith("torn\n")
+
+
+def test_a_stage_leaves_one_line() -> None:
     def stage(reporter: Reporter) -> None:
         with reporter.progress("decoding plaza") as advance:
             for done in range(0, 2001, 500):
                 advance(done, 2000)
 
-    assert printed(bar, terminal=False) == ""
     text = printed(stage, terminal=False)
     assert re.fullmatch(r"decoding plaza: 2,000 images in \d+\.\d s \([\d,]+ images/s\)\n", text)
-
-
-def test_a_bar_on_a_terminal_counts_images() -> None:
-    def bar(reporter: Reporter) -> None:
-        with reporter.bar("epoch 1") as advance:
-            advance(3, 8)
-
-    text = ESCAPE.sub("", printed(bar, terminal=True))
-    assert "epoch 1" in text
-    assert "3/8" in text
-    assert "images/s" in text
 
 
 def test_a_stage_that_fails_reports_no_success() -> None:

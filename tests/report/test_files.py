@@ -1,4 +1,4 @@
-"""A file that cannot be written leaves the old one."""
+"""A write that fails leaves the old file."""
 
 from pathlib import Path
 

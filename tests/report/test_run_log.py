@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind."""
+"""The folder of a run."""
 
 import errno
 import json
@@ -60,7 +60,9 @@ def test_versions_name_what_a_result_depends_on() -> None:
     assert found["numpy"] == numpy.__version__
 
 
-def test_a_full_disk_at_an_epochs_end_leaves_the_figures_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_of_an_epoch_leaves_the_figures_intact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = RunLog(tmp_path / "run")
     log.append({"epoch": 1})
 
@@ -79,7 +81,7 @@ def test_a_full_disk_at_an_epochs_end_leaves_the_figures_whole(tmp_path: Path, m
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_process_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run", writes=False)
     log.write_recipe("a = 1")
     log.write_command({"command": "demo"})
@@ -87,3 +89,17 @@ def test_a_process_that_does_not_lead_writes_nothing(tmp_path: Path) -> None:
     log.restart([])
     log.write_summary({})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_keeps_its_folder_and_a_second_process_is_refused(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run")
+    log.append({"epoch": 1})
+    with pytest.raises(UserError, match="locked by another process"):
+        RunLog(tmp_path / "run", resumed=True)
+    del log
+    resumed = RunLog(tmp_path / "run", resumed=True)
+    resumed.restart([])
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    part = resumed.part("adapt")
+    assert part.folder == tmp_path / "run" / "adapt"
+    assert (part.resumed, part.writes) == (True, True)

@@ -1,36 +1,39 @@
-"""Decoded images and their cameras, from which training batches are taken."""
+"""Batches of decoded images: augmented for training, plain for statistics and features, or decoded on the way."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from uda_reid.data.augment import AugmentSettings, augment, normalise
-from uda_reid.data.image_store import ImageSettings
+from uda_reid.data.augment import augment, normalize
+from uda_reid.data.image_store import BLOCK, decode_blocks
+from uda_reid.settings import AugmentSettings, ImageSettings
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A bank of images.
+    """Decoded images with their cameras.
 
     Attributes:
-        store: [N, 3, H, W] uint8, on the device that batches are made for or on the CPU.
-        cameras: [N] int64 places among the cameras that the model has embeddings for; -1 for others. On the same.
-        settings: size and normalisation of the images.
-        paths: the N files they came from, to name them; none where they came from nowhere.
+        images: [N, 3, H, W] uint8, on the device that batches are made for or on the CPU.
+        camera_indices: [N] int64 among the cameras that the model has embeddings for, -1 for others; on the device
+            that batches are made for.
+        settings: size and normalization of the images.
+        paths: the N files, for messages; empty if the images come from no file.
     """
 
-    store: Tensor
-    cameras: Tensor
+    images: Tensor
+    camera_indices: Tensor
     settings: ImageSettings
     paths: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.images)
 
     def files(self, indices: Tensor) -> list[str]:
-        """The names of some images' files."""
+        """Returns the file names of some images."""
         return [str(self.paths[i]) if self.paths else f"image {i}" for i in indices.tolist()]
 
     def augmented(
@@ -41,38 +44,88 @@ class ImageSet:
         device: torch.device,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """One training batch on the device.
+        """Returns one training batch.
 
         Args:
-            indices: [B] int64.
-            generator: of that device; it decides every random number of the augmentation.
-            rows: [b] int64 places in the batch of the images to return; they look as they do in the whole batch. All
-                of them if not given.
+            indices: [B] int64, on the CPU.
+            generator: of `device`; the source of every random number of the augmentation.
+            rows: [b] int64 in [0, B), the images of the batch to return, equal to those of the whole batch; all by
+                default.
 
         Returns:
-            [B, 3, H, W] float32 augmented and normalised images, and [B] camera places (or b of them).
+            [b, 3, H, W] float32 augmented and normalized images, and their [b] camera indices, on `device`.
         """
-        pixels, cameras = take(self.store, indices, device), take(self.cameras, indices, device)
-        augmented = augment(pixels, settings, self.settings.mean, self.settings.std, generator)
+        images, cameras = self._take(indices, device)
+        augmented = augment(images, settings, self.settings.mean, self.settings.std, generator)
         return (augmented, cameras) if rows is None else (take(augmented, rows, device), take(cameras, rows, device))
 
     def plain(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same without augmentation."""
-        pixels, cameras = take(self.store, indices, device), take(self.cameras, indices, device)
-        return normalise(pixels, self.settings.mean, self.settings.std), cameras
+        """Returns [B, 3, H, W] float32 normalized images and their [B] camera indices, on `device`.
+
+        Args:
+            indices: [B] int64, on the CPU.
+        """
+        images, cameras = self._take(indices, device)
+        return normalize(images, self.settings.mean, self.settings.std), cameras
+
+    def batches(self, rows: slice, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the images of consecutive rows as `stream_batches` does."""
+        images, cameras = self.images[rows], self.camera_indices[rows]
+        return _split_blocks(images.split(BLOCK), cameras, self.settings, size, device)
+
+    def _take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        return take(self.images, indices, device), take(self.camera_indices, indices, device)
+
+
+def stream_batches(
+    paths: Sequence[Path], camera_indices: Tensor, settings: ImageSettings, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields images in order, decoding them on the way, for a single pass over a set that need not be kept.
+
+    Images are decoded in blocks of BLOCK, and no batch crosses from one block to the next.
+
+    Args:
+        paths: N image files.
+        camera_indices: [N] int64.
+        size: images of a batch; the last one of a block may be smaller.
+
+    Yields:
+        [b, 3, H, W] float32 normalized images and their [b] camera indices, on `device`.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+    return _split_blocks(decode_blocks(paths, settings), camera_indices, settings, size, device)
+
+
+def _split_blocks(
+    blocks: Iterable[Tensor], camera_indices: Tensor, settings: ImageSettings, size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    done = 0
+    for block in blocks:
+        for images in block.split(size):
+            cameras = camera_indices[done : done + len(images)].to(device, non_blocking=True)
+            yield normalize(images.to(device, non_blocking=True), settings.mean, settings.std), cameras
+            done += len(images)
+
+
+def camera_indices(camera_ids: Iterable[int], known: Sequence[int]) -> Tensor:
+    """Returns [N] int64: the index of each camera in `known`, or -1 for a camera that is not in it."""
+    index_of = {camera: index for index, camera in enumerate(known)}
+    return torch.tensor([index_of.get(int(camera), -1) for camera in camera_ids], dtype=torch.int64)
 
 
 def take(table: Tensor, indices: Tensor, device: torch.device) -> Tensor:
-    """Rows of a table, as a new tensor on the device; with a GPU, without waiting for the work it has still to do.
+    """Returns rows of a table as a new tensor on the device, without waiting for the work that a GPU has queued.
 
     Args:
-        table: [N, ...] on the device or the CPU.
+        table: [N, ...] on `device` or on the CPU.
         indices: [B] int64 on the CPU.
     """
     if device.type == "cpu":
         return table.index_select(0, indices)
-    # A GPU copies by itself only out of pinned memory. Each batch gets pinned memory of its own, which torch takes
-    # from those it keeps for reuse: it gives out none whose copy is still under way, as one buffer of ours would be.
+    # A GPU copies in the background only from pinned memory. Each batch gets its own, from torch's pool, which hands
+    # none out while its copy is under way; a single buffer of ours would be overwritten too early.
     if table.is_cuda:
         return table.index_select(0, indices.pin_memory().to(device, non_blocking=True))
     rows = torch.empty((len(indices), *table.shape[1:]), dtype=table.dtype, pin_memory=True)

@@ -1,9 +1,8 @@
-"""Images decoded and resized once into one uint8 array, so that no training step ever opens a file.
+"""Images decoded and resized once into one uint8 array, so that no training step opens a file.
 
-The array lies on the device, in memory, or in a memory-mapped file, as its size allows.
+The array lies on the device, in memory, or in a memory-mapped file, by its size.
 """
 
-import hashlib
 import math
 import os
 import shutil
@@ -19,100 +18,129 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uda_reid.data.records import UNKNOWN, Records, make_records
+from uda_reid import distributed
 from uda_reid.errors import UserError
-from uda_reid.retrieval.sharded import shard_bounds
+from uda_reid.settings import ImageSettings
 
-CHUNK = 1024  # images decoded between two progress reports
-# Of a GPU's free memory, what images may take: networks, optimiser and activations, most of which come later, need the
-# rest, and the next best place, pinned memory, costs a step little.
+BLOCK = 1024  # images decoded between two progress reports
+# The share of a GPU's free memory that images may take. Networks, optimizer and activations need the rest, most of it
+# later; pinned memory, the next choice, costs a step little.
 DEVICE_FRACTION = 0.3
-PLACES = {
+STORAGE = {
     "device": "on the device",
     "pinned": "in pinned memory",
     "memory": "in memory",
     "file": "in a memory-mapped file",
 }
-
-
-@dataclass(frozen=True)
-class ImageSettings:
-    """Input size in pixels, the normalisation, and where decoded images are kept.
-
-    Attributes:
-        mean, std: per channel, of values in [0, 1].
-        store: "device" (memory, on a CPU), "pinned" (memory that a GPU reads by itself), "memory", "file", or "auto":
-            what `choose_place` says.
-        memory_limit_gib: where "auto" keeps a larger set in a memory-mapped file instead of in memory.
-    """
-
-    height: int = 256
-    width: int = 128
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    store: str = "auto"
-    memory_limit_gib: float = 8.0
-
-    def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise UserError(f"images.height and images.width must be positive, not {self.height} x {self.width}.")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError("images.mean and images.std take three numbers each, one a channel, std above 0.")
-        if self.store not in ("auto", *PLACES):
-            raise UserError(f"images.store is one of auto, {', '.join(PLACES)}, not '{self.store}'.")
-
-    def bytes_of(self, images: int) -> int:
-        """Size of that many decoded images."""
-        return images * 3 * self.height * self.width
-
-
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with (images done, images in all)
 
 
 @dataclass(frozen=True)
 class ImageStore:
-    """Decoded images, and which of PLACES they are kept in.
+    """Decoded images.
 
     Attributes:
-        images: [N, 3, H, W] uint8; on the device where that is the place, else on the CPU.
+        images: [N, 3, H, W] uint8.
+        storage: a key of STORAGE. The images lie on the device for "device", on the CPU otherwise.
     """
 
     images: Tensor
-    place: str
+    storage: str
 
     def describe(self) -> str:
-        """For people: "1,842 images of 64x32, 10.8 MiB, in memory"."""
+        """Returns for example "1,842 images of 64x32, 10.8 MiB, in memory"."""
         count, _, height, width = self.images.shape
         mib = self.images.nbytes / 2**20
         size = f"{mib:,.1f} MiB" if mib < 1024 else f"{mib / 1024:,.1f} GiB"
-        return f"{count:,} images of {height}x{width}, {size}, {PLACES[self.place]}"
+        return f"{count:,} images of {height}x{width}, {size}, {STORAGE[self.storage]}"
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """How the processes of one machine decode a set together, into one file that all of them map.
+def load_images(
+    paths: Sequence[Path],
+    settings: ImageSettings,
+    *,
+    device: torch.device,
+    scratch: Path | None = None,
+    on_progress: Progress | None = None,
+) -> ImageStore:
+    """Decodes a set of images, in order, on all processor cores. Collective where `scratch` is given.
 
-    Attributes:
-        rank, world_size: this process among those of the machine, 0..world_size - 1.
-        path: a file that is not there yet, the same for all.
-        barrier: returns when all of them have called it.
+    Several processes decode one share each, into one file in `scratch` that all processes of a machine map.
+
+    Args:
+        device: that batches are wanted on.
+        scratch: folder for the memory-mapped file, which loses its name once it is mapped and is freed with the array.
+            None is the system's temporary folder, and each process then decodes the whole set.
+        on_progress: called for the images of this process.
+
+    Raises:
+        UserError: an image cannot be decoded, the file finds no room, or pinned memory is asked for without a GPU.
     """
+    shape = (len(paths), 3, settings.height, settings.width)
+    if scratch is None or distributed.world_size() == 1:
+        storage = choose_storage(len(paths), settings, device)
+        images = _new_file(shape, scratch) if storage == "file" else _new_memory(shape, storage, device)
+        _fill(images, paths, settings, on_progress)
+        return ImageStore(images, storage)
+    storage = choose_storage(len(paths), settings, device, shared=True)
+    images = _shared_file(shape, scratch)
+    share = distributed.shard(len(paths), distributed.local_rank(), distributed.local_world_size())
+    _fill(images[share], paths[share], settings, on_progress)
+    distributed.barrier()
+    return ImageStore(images if storage == "file" else _new_memory(shape, storage, device).copy_(images), storage)
 
-    rank: int
-    world_size: int
-    path: Path
-    barrier: Callable[[], None]
 
-    def rows(self, images: int) -> slice:
-        """The images that this process decodes."""
-        return slice(*shard_bounds(images, self.rank, self.world_size))
+def choose_storage(images: int, settings: ImageSettings, device: torch.device, *, shared: bool = False) -> str:
+    """Returns the key of STORAGE for a set of images.
+
+    It is what the settings name. For "auto": a GPU's own memory up to DEVICE_FRACTION of what is free there, else
+    memory (pinned, for a GPU) up to the settings' limit, else a file. Several processes use one file instead of a copy
+    in the memory of each.
+
+    Args:
+        images: N.
+        shared: whether other processes of this machine need the same images.
+
+    Raises:
+        UserError: pinned memory is asked for without a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    if settings.store == "pinned" and not on_gpu:
+        raise UserError(
+            f"images.store = 'pinned' is memory that a GPU reads, but this run computes on {device}; use auto or "
+            "memory."
+        )
+    if settings.store == "device" and not on_gpu:
+        return "memory"  # the memory of this device
+    if settings.store != "auto":
+        return settings.store
+    size = settings.bytes_of(images)
+    if on_gpu and size <= DEVICE_FRACTION * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    if shared or size > settings.memory_limit_gib * 2**30:
+        return "file"
+    return "pinned" if on_gpu else "memory"
+
+
+def decode_blocks(paths: Sequence[Path], settings: ImageSettings) -> Iterator[Tensor]:
+    """Yields the images in order as [<= BLOCK, 3, H, W] uint8, decoded on this process's part of the cores.
+
+    Raises:
+        UserError: an image cannot be decoded.
+    """
+    workers = max((os.cpu_count() or 1) // distributed.local_world_size(), 1)
+    # Threads suffice: Pillow releases the interpreter lock while it decodes and resizes.
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(paths), BLOCK):
+            images = pool.map(lambda path: decode(path, settings), paths[start : start + BLOCK])
+            yield torch.from_numpy(np.stack(list(images)))
 
 
 def decode(path: Path, settings: ImageSettings) -> np.ndarray:
-    """One image as [3, H, W] uint8 RGB, resized bilinearly.
+    """Returns one image as [3, H, W] uint8 RGB, resized bilinearly.
 
     Raises:
-        UserError: the file cannot be opened or is damaged; the sentence names it.
+        UserError: the file cannot be opened or is damaged.
     """
     try:
         with Image.open(path) as image:
@@ -124,94 +152,18 @@ def decode(path: Path, settings: ImageSettings) -> np.ndarray:
     return np.asarray(resized).transpose(2, 0, 1)
 
 
-def choose_place(images: int, settings: ImageSettings, device: torch.device, *, shared: bool = False) -> str:
-    """Which of PLACES a set goes to.
-
-    What the settings say; for "auto", a GPU's own memory up to DEVICE_FRACTION of what is free there, else memory
-    (pinned, for a GPU) up to the settings' limit, else a file. Processes that share a set share a file instead of each
-    having it in memory.
-
-    Raises:
-        UserError: pinned memory was asked for without a GPU.
-    """
-    on_gpu = device.type == "cuda"
-    if settings.store == "pinned" and not on_gpu:
-        raise UserError(
-            f"images.store = 'pinned' is memory that a GPU reads, and this run is on {device}; use auto or memory."
-        )
-    if settings.store == "device" and not on_gpu:
-        return "memory"  # which is what this device has
-    if settings.store != "auto":
-        return settings.store
-    size = settings.bytes_of(images)
-    if on_gpu and size <= DEVICE_FRACTION * torch.cuda.mem_get_info(device)[0]:
-        return "device"
-    if shared or size > settings.memory_limit_gib * 2**30:
-        return "file"
-    return "pinned" if on_gpu else "memory"
-
-
-def load_images(
-    paths: Sequence[Path],
-    settings: ImageSettings,
-    *,
-    device: torch.device,
-    scratch: Path | None = None,
-    on_progress: Progress | None = None,
-    share: Sharing | None = None,
-) -> ImageStore:
-    """Decodes a set of images, in order, on all processor cores.
-
-    Args:
-        device: that batches are wanted on.
-        scratch: folder for a memory-mapped file (the system's temporary folder if not given). The file has no name any
-            more once it is mapped, so it goes when the array does.
-        on_progress: called with (images done, images in all) of this process.
-        share: decode with other processes, all of which call this with the same paths.
-
-    Raises:
-        UserError: an image cannot be decoded, a file finds no room, or pinned memory was asked for without a GPU.
-    """
-    place = choose_place(len(paths), settings, device, shared=share is not None)
-    shape = (len(paths), 3, settings.height, settings.width)
-    if share is None:
-        images = _new_file(shape, scratch) if place == "file" else _new_memory(shape, place, device)
-        _fill(images, paths, settings, on_progress, os.cpu_count() or 1)
-        return ImageStore(images, place)
-    images = _shared_file(shape, share)
-    own = share.rows(len(paths))
-    _fill(images[own], paths[own], settings, on_progress, max((os.cpu_count() or 1) // share.world_size, 1))
-    share.barrier()
-    return ImageStore(images if place == "file" else _new_memory(shape, place, device).copy_(images), place)
-
-
-def stream_images(paths: Sequence[Path], settings: ImageSettings) -> Iterator[Tensor]:
-    """The same images as blocks [<=CHUNK, 3, H, W] uint8, for a single pass over a set that need not be kept."""
-    for _, block in _decoded_blocks(paths, settings, os.cpu_count() or 1):
-        yield block
-
-
-def _fill(
-    images: Tensor, paths: Sequence[Path], settings: ImageSettings, on_progress: Progress | None, workers: int
-) -> None:
-    for done, block in _decoded_blocks(paths, settings, workers):
-        images[done - len(block) : done] = block
+def _fill(images: Tensor, paths: Sequence[Path], settings: ImageSettings, on_progress: Progress | None) -> None:
+    done = 0
+    for block in decode_blocks(paths, settings):
+        images[done : done + len(block)] = block
+        done += len(block)
         if on_progress is not None:
             on_progress(done, len(paths))
 
 
-def _decoded_blocks(paths: Sequence[Path], settings: ImageSettings, workers: int) -> Iterator[tuple[int, Tensor]]:
-    # Pillow releases the interpreter lock while it decodes and resizes, so threads do.
-    with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(paths), CHUNK):
-            chunk = paths[start : start + CHUNK]
-            block = np.stack(list(pool.map(lambda path: decode(path, settings), chunk)))
-            yield start + len(chunk), torch.from_numpy(block)
-
-
-def _new_memory(shape: tuple[int, ...], place: str, device: torch.device) -> Tensor:
-    where = device if place == "device" else torch.device("cpu")
-    return torch.empty(shape, dtype=torch.uint8, device=where, pin_memory=place == "pinned")
+def _new_memory(shape: tuple[int, ...], storage: str, device: torch.device) -> Tensor:
+    where = device if storage == "device" else torch.device("cpu")
+    return torch.empty(shape, dtype=torch.uint8, device=where, pin_memory=storage == "pinned")
 
 
 def _new_file(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
@@ -219,45 +171,29 @@ def _new_file(shape: tuple[int, ...], scratch: Path | None) -> Tensor:
         return _map(Path(file.name), shape, "w+")
 
 
-def _shared_file(shape: tuple[int, ...], share: Sharing) -> Tensor:
-    """The file of all processes, mapped; its name is gone as soon as the last has it, so that none is left behind."""
-    if share.rank == 0:
-        images = _map(share.path, shape, "w+")
-        share.barrier()
+def _shared_file(shape: tuple[int, ...], scratch: Path) -> Tensor:
+    """Maps the file that all processes of this machine write; its name is removed as soon as all have mapped it."""
+    local_rank = distributed.local_rank()
+    first_rank = distributed.rank() - local_rank  # tells machines apart that share a file system
+    path = scratch / f"images-{first_rank}.partial"
+    if local_rank == 0:
+        images = _map(path, shape, "w+")
+        distributed.barrier()
     else:
-        share.barrier()
-        images = _map(share.path, shape, "r+")
-    share.barrier()
-    if share.rank == 0:
-        share.path.unlink()
+        distributed.barrier()
+        images = _map(path, shape, "r+")
+    distributed.barrier()
+    if local_rank == 0:
+        path.unlink()
     return images
 
 
 def _map(path: Path, shape: tuple[int, ...], mode: Literal["r+", "w+"]) -> Tensor:
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    # Checked before, since writing to a map that finds no room ends the process without a word.
+    # Checked first, since a write to a mapped file without room kills the process with no message.
     if mode == "w+" and free < size:
         raise UserError(
-            f"The decoded images need {size / 2**30:.1f} GiB in {path.parent}, where {free / 2**30:.1f} GiB are free; "
+            f"The decoded images need {size / 2**30:.1f} GiB in {path.parent}, but {free / 2**30:.1f} GiB are free; "
             "make room there or raise images.memory_limit_gib."
         )
     return torch.from_numpy(np.memmap(path, dtype=np.uint8, mode=mode, shape=shape))
-
-
-def in_content_order(records: Records) -> Records:
-    """The records without identities, in an order that the files' contents decide.
-
-    File names of labelled sets begin with the identity, so even the order of the names would tell an adaptation who
-    is who; the order of a hash of the bytes tells nothing.
-    """
-    digests = [hashlib.blake2b(_read_bytes(path), digest_size=16).digest() for path in records.paths]
-    order = sorted(range(len(records)), key=lambda i: (digests[i], int(records.camera_ids[i])))
-    cameras = records.camera_ids[order]
-    return make_records([records.paths[i] for i in order], [UNKNOWN] * len(order), [int(c) for c in cameras])
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"The image {path} cannot be read ({error.strerror}); restore it or take it out.") from error

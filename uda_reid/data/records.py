@@ -1,23 +1,25 @@
-"""What is known of a set of images: where each lies, who is on it and which camera took it."""
+"""Lists of images with their identities and cameras."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-UNKNOWN = -1  # an identity or camera that is not known; in a gallery, Market-1501's junk
-DISTRACTOR = 0  # a gallery identity that is nobody's match
+from uda_reid.errors import UserError
+
+UNKNOWN = -1  # an identity that is not known or not read; in a gallery, Market-1501's junk
 
 
 @dataclass(frozen=True)
 class Records:
-    """Images of one split, index by index.
+    """The images of one split.
 
     Attributes:
-        paths: image files.
-        person_ids: [N] int64; UNKNOWN where no label is known or wanted.
-        camera_ids: [N] int64, as the file names give them.
+        paths: N image files.
+        person_ids: [N] int64; UNKNOWN if there is no label or it must not be read.
+        camera_ids: [N] int64, as in the file names.
     """
 
     paths: tuple[Path, ...]
@@ -31,7 +33,7 @@ class Records:
         return len(self.paths)
 
     def select(self, keep: np.ndarray) -> "Records":
-        """The records that a boolean mask or an index array picks, in its order."""
+        """Returns the records at a boolean mask or an index array, in its order."""
         indices = np.arange(len(self))[keep]
         return Records(tuple(self.paths[i] for i in indices), self.person_ids[indices], self.camera_ids[indices])
 
@@ -46,14 +48,12 @@ class TestSplit:
 
 @dataclass(frozen=True)
 class ReIDDataset:
-    """A data set as it was found on disk.
+    """A data set on disk.
 
     Attributes:
-        name: the key or folder the user named.
-        folder: where it lies.
-        train: the training split.
-        test: None where there is no test split, or none with labels.
-        notes: sentences the user should read: counts that differ, splits that are missing.
+        name: the key or folder that the user gave.
+        test: None if there is no labelled test split.
+        notes: sentences for the user, such as counts that differ from the published ones.
     """
 
     name: str
@@ -64,5 +64,27 @@ class ReIDDataset:
 
 
 def make_records(paths: Sequence[Path], person_ids: Sequence[int], camera_ids: Sequence[int]) -> Records:
-    """Records from plain sequences of equal length."""
+    """Returns records of sequences of equal length."""
     return Records(tuple(paths), np.asarray(person_ids, dtype=np.int64), np.asarray(camera_ids, dtype=np.int64))
+
+
+def anonymize(records: Records) -> Records:
+    """Returns the records without identities, sorted by a hash of the files' contents.
+
+    File names of labelled sets begin with the identity, so their order alone would tell an adaptation which images
+    show the same person; the order of the hashes tells nothing.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    hashes = [hashlib.blake2b(_read_bytes(path), digest_size=16).digest() for path in records.paths]
+    order = sorted(range(len(records)), key=lambda i: (hashes[i], int(records.camera_ids[i])))
+    ordered = records.select(np.array(order, dtype=np.int64))
+    return Records(ordered.paths, np.full_like(ordered.person_ids, UNKNOWN), ordered.camera_ids)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"The image {path} cannot be read ({error.strerror}); restore it or remove it.") from error

@@ -1,20 +1,30 @@
-"""Networks made ready for training: device, memory layout, batch statistics, compilation."""
+"""How networks are computed: device, memory layout, batch statistics, compilation, precision."""
+
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from uda_reid.engine.run import Run
-from uda_reid.models.batch_norm import state_batch_norms
+from uda_reid.models.batch_norm import set_batch_norm_group
+from uda_reid.settings import TrainingSettings
 
 
-def prepare_network(network: nn.Module, run: Run) -> None:
-    """Brings a network to the run's device and layout and says over which images its batch norms take statistics."""
-    layout = torch.channels_last if run.training.channels_last else torch.preserve_format
-    network.to(run.device, memory_format=layout)  # type: ignore[call-overload]
-    state_batch_norms(network, run.training.batch_norm_group)
+def prepare(module: nn.Module, training: TrainingSettings, device: torch.device) -> None:
+    """Moves a module to the device and memory layout, and sets over which images its batch norms take statistics."""
+    layout = torch.channels_last if training.channels_last else torch.preserve_format
+    module.to(device, memory_format=layout)  # type: ignore[call-overload]
+    set_batch_norm_group(module, training.batch_norm_group)
 
 
-def compile_network(network: nn.Module, run: Run) -> None:
-    """Compiles a network in place, where the run asks for it; its names and weights stay as they are."""
-    if run.training.compile:
-        network.compile()
+def compile_networks(networks: Iterable[nn.Module], training: TrainingSettings) -> None:
+    """Compiles networks in place if the settings ask for it; their state dicts stay the same."""
+    if training.compile:
+        for network in networks:
+            network.compile()
+
+
+def make_autocast(training: TrainingSettings, device: torch.device) -> torch.autocast:
+    """Returns the context manager of the forward pass: bfloat16 where the settings choose it, else float32."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = training.precision == "bfloat16" or (training.precision == "auto" and native)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

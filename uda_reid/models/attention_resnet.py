@@ -1,4 +1,4 @@
-"""SAM-IBN: ResNet50-IBN-a with self-attention, channel attention and mid-level features.
+"""SAM-IBN: ResNet50-IBN-a with self-attention, channel attention and mid-level fusion.
 
 An et al., "Fusion Self-Attention Feature Clustering Mechanism Network for Person ReID".
 """
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import BackboneOutput
-from uda_reid.models.pooling import AveragePool
+from uda_reid.models.pooling import make_pooling
 from uda_reid.models.surgery import remove_last_stride, remove_stem_pool
 from uda_reid.models.weights import load_strictly, read_state_dict
 
 
 class IBN(nn.Module):
-    """Instance norm on the first half of the channels, against changes of light and camera; batch norm on the rest.
+    """Instance norm on the first half of the channels, batch norm on the rest.
+
+    Instance norm removes differences of illumination and camera.
 
     Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", section 3.2 (IBN-a),
     https://arxiv.org/abs/1807.09441
@@ -45,12 +47,12 @@ class IBN(nn.Module):
 
 
 def resnet50_ibn(weights: str = "none", options: Mapping[str, Any] | None = None) -> Any:
-    """timm's ResNet-50 whose bottlenecks in stages 1 to 3 (Conv2_x to Conv4_x) start with an IBN.
+    """Returns timm's ResNet-50 whose bottlenecks in stages 1 to 3 (Conv2_x to Conv4_x) start with an IBN.
 
     Args:
         weights: "none" or the path of a file whose keys are those of the published ResNet50-IBN-a, such as
             `layer1.0.bn1.IN.weight`.
-        options: passed on to timm.create_model, to make it smaller (`layers`, `channels`).
+        options: passed to timm.create_model, for smaller networks (`layers`, `channels`).
 
     Returns:
         The network, without classifier.
@@ -60,7 +62,7 @@ def resnet50_ibn(weights: str = "none", options: Mapping[str, Any] | None = None
     """
     if weights != "none" and not Path(weights).suffix:
         raise UserError(
-            f'The weights of ResNet50-IBN-a must be "none" or the path of a file, got {weights!r}: give one.'
+            f'The weights of ResNet50-IBN-a must be "none" or the path of a file, got {weights!r}: give one of them.'
         )
     model: Any = timm.create_model("resnet50", num_classes=0, zero_init_last=False, **(options or {}))
     for stage in (model.layer1, model.layer2, model.layer3):
@@ -72,29 +74,28 @@ def resnet50_ibn(weights: str = "none", options: Mapping[str, Any] | None = None
 
 
 class SamIbn(nn.Module):
-    """ResNet50-IBN-a with the paper's two additions, each with a switch for its ablation.
+    """ResNet50-IBN-a with the paper's additions, each with a switch for its ablation.
 
-    - attention: multi-head self-attention with relative positions in place of the 3x3 convolution of every bottleneck
-      in Conv4_x and Conv5_x (Srinivas et al., "Bottleneck Transformers for Visual Recognition",
-      https://arxiv.org/abs/2101.11605), and efficient channel attention after each of Conv1_x to Conv5_x (Wang et al.,
-      "ECA-Net", https://arxiv.org/abs/1910.03151). The paper's ablation has no line for the channel attention, so it
-      counts as attention here.
-    - fusion: the outputs of Conv3_x and Conv4_x, max-pooled to the grid of Conv5_x, join its output.
+    - attention: multi-head self-attention with relative positions replaces the 3x3 convolution of every bottleneck in
+      Conv4_x and Conv5_x (Srinivas et al., "Bottleneck Transformers for Visual Recognition",
+      https://arxiv.org/abs/2101.11605).
+    - eca: efficient channel attention after each of Conv1_x to Conv5_x (Wang et al., "ECA-Net",
+      https://arxiv.org/abs/1910.03151). The paper's ablation has no row for it.
+    - fusion: the outputs of Conv3_x and Conv4_x, max-pooled to the grid of Conv5_x, are fused with its output.
 
-    The paper leaves open how the three maps are fused; here they are concatenated on channels and brought back to 2048
-    by a 1x1 convolution, batch norm and ReLU. It leaves open the number of heads, too: 4 is that of the Bottleneck
+    The paper does not say how the three maps are fused; here they are concatenated on channels and projected to 2048 by
+    a 1x1 convolution, batch norm and ReLU. Nor does it say the number of heads: 4 is that of the Bottleneck
     Transformer. The paper gives two results for Market-1501, mAP 84.9 in its abstract and 82.4 in its Table 1.
 
     Args:
-        image_size: (H, W) of the images to come; the relative positions depend on it.
-        weights: see `resnet50_ibn`; the attention layers have none and start at random.
-        attention: see above.
-        fusion: see above.
+        image_size: (H, W) of the input; the relative positions depend on it.
+        weights: see `resnet50_ibn`; the attention layers have none and are initialized at random.
+        attention, eca, fusion: see above.
         heads: of each attention layer.
         last_stride: 2 as in the paper (an 8x4 map of a 256x128 image) or 1.
-        stem_pool: False leaves out the pooling after Conv1_x, for images too small to lose its rows.
+        stem_pool: False removes the pooling after Conv1_x, for small images.
+        pooling: name of the pooling layer, see `pooling.make_pooling`.
         options: see `resnet50_ibn`.
-        pooling: map to vector; None is the average.
 
     Shape:
         one vector "cnn" [B, C] and one map [B, C, H / 32, W / 32] (rounded up), C = 2048 as published.
@@ -103,6 +104,7 @@ class SamIbn(nn.Module):
         UserError: the weights do not fit, or an image has another size than the attention was built for.
     """
 
+    output_names = ("cnn",)
     resnet: Any
 
     def __init__(
@@ -111,12 +113,13 @@ class SamIbn(nn.Module):
         *,
         weights: str = "none",
         attention: bool = True,
+        eca: bool = True,
         fusion: bool = True,
         heads: int = 4,
         last_stride: int = 2,
         stem_pool: bool = True,
+        pooling: str = "avg",
         options: Mapping[str, Any] | None = None,
-        pooling: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if last_stride not in (1, 2):
@@ -129,12 +132,11 @@ class SamIbn(nn.Module):
         if not stem_pool:
             remove_stem_pool(self.resnet, "ResNet50-IBN-a")
         if attention:
-            _attend(self.resnet, self.image_size, heads, pools=1 + stem_pool)
+            _replace_convolutions(self.resnet, self.image_size, heads, halvings=1 + stem_pool)
         channels = _stage_channels(self.resnet)
-        self.eca = nn.ModuleList(EcaModule(width) if attention else nn.Identity() for width in channels)
+        self.eca = nn.ModuleList(EcaModule(width) if eca else nn.Identity() for width in channels)
         self.fusion = MultiLevelFusion(channels[2:], last_stride) if fusion else None
-        self.pooling = AveragePool() if pooling is None else pooling
-        self.output_names = ("cnn",)
+        self.pooling = make_pooling(pooling)
         self.output_widths = (channels[-1],)
         self.map_channels = channels[-1]
 
@@ -156,7 +158,7 @@ class SamIbn(nn.Module):
 
 
 class MultiLevelFusion(nn.Module):
-    """Bring Conv3_x and Conv4_x to the grid of Conv5_x by max pooling, and the three to the channels of the last.
+    """Max-pools Conv3_x and Conv4_x to the grid of Conv5_x and projects the three to the channels of the last.
 
     Args:
         channels: of the three levels, (512, 1024, 2048) as published.
@@ -182,19 +184,19 @@ class MultiLevelFusion(nn.Module):
 
 
 def _stage_channels(resnet: Any) -> tuple[int, ...]:
-    """Channels of Conv1_x to Conv5_x: 64, 256, 512, 1024 and 2048 as published."""
+    """Returns the channels of Conv1_x to Conv5_x: 64, 256, 512, 1024 and 2048 as published."""
     stages = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
     return (resnet.bn1.num_features, *(stage[-1].conv3.out_channels for stage in stages))
 
 
-def _attend(resnet: Any, image_size: tuple[int, int], heads: int, pools: int) -> None:
-    """Put self-attention in the place of every 3x3 convolution of Conv4_x and Conv5_x.
+def _replace_convolutions(resnet: Any, image_size: tuple[int, int], heads: int, halvings: int) -> None:
+    """Replaces every 3x3 convolution of Conv4_x and Conv5_x by self-attention.
 
     Args:
-        pools: how often the grid is halved before Conv2_x.
+        halvings: how often the grid is halved before Conv2_x.
     """
-    # Stem and Conv3_x have each halved the grid, rounding up.
-    cell = 2 ** (pools + 1)
+    # Conv3_x halves the grid once more; every halving rounds up.
+    cell = 2 ** (halvings + 1)
     grid = (-(-image_size[0] // cell), -(-image_size[1] // cell))
     for stage in (resnet.layer3, resnet.layer4):
         for block in stage:

@@ -1,4 +1,4 @@
-"""What a backbone is to the rest of the package: named vectors and feature maps of an image."""
+"""The interface of a backbone: named vectors and feature maps of an image."""
 
 from typing import NamedTuple, Protocol
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class BackboneOutput(NamedTuple):
-    """What a backbone says of B images.
+    """Vectors and feature maps of B images.
 
     Fields:
         vectors: one [B, D_i] float tensor for each of the backbone's `output_names`.
@@ -18,12 +18,12 @@ class BackboneOutput(NamedTuple):
 
 
 class Backbone(Protocol):
-    """Any module with these attributes can carry the heads of this package.
+    """Any module with these attributes can be wrapped in a `reid_model.ReIDModel`.
 
     Attributes:
-        output_names: what each vector is called in a recipe and in a log.
-        output_widths: the width D_i of each vector.
-        map_channels: channels of all maps together, which is what `part_fusion.join_maps` gives.
+        output_names: name of each vector, as used in recipes and logs.
+        output_widths: width D_i of each vector.
+        map_channels: channels of all maps together, those of `part_fusion.join_maps`.
     """
 
     @property

@@ -1,8 +1,7 @@
-"""X-ReID: training modules through which an image reads other images of its batch; inference needs none of them.
+"""X-ReID: training modules in which an image attends to other images of its batch; inference does not need them.
 
 Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
-https://arxiv.org/abs/2302.02075. Only the idea is taken from the paper; how the modules are built is this package's
-reading of it.
+https://arxiv.org/abs/2302.02075. Only the idea is taken from the paper; the modules are this package's reading of it.
 """
 
 from typing import NamedTuple
@@ -22,7 +21,7 @@ class IntraOutput(NamedTuple):
     Fields:
         embedding: [B, D] float, before the neck: for the triplet loss and as the target of distillation.
         bn_embedding: [B, D] float, after the neck: for the classifier.
-        valid: [B] bool, images that had another image of their identity to read; the rest should count in no loss.
+        valid: [B] bool, images with another image of their identity in the batch; losses should ignore the rest.
     """
 
     embedding: Tensor
@@ -31,13 +30,13 @@ class IntraOutput(NamedTuple):
 
 
 class InterOutput(NamedTuple):
-    """What B anchors took from their hardest positive and hardest negative.
+    """Features that B anchors read from their hardest positive and hardest negative.
 
     Fields:
         embedding: [B, D] float, before the neck.
         bn_embedding: [B, D] float, after the neck.
         masses: [B, 2] float, attention on the positive's and on the negative's tokens, mean over heads; sums to 1.
-        valid: [B] bool, anchors that had both a positive and a negative; the rest should count in no loss.
+        valid: [B] bool, anchors with both a positive and a negative; losses should ignore the rest.
     """
 
     embedding: Tensor
@@ -46,21 +45,35 @@ class InterOutput(NamedTuple):
     valid: Tensor
 
 
+class HardestPairs(NamedTuple):
+    """Hardest positive and negative of each anchor.
+
+    Fields:
+        positive: [B] int64, index of the farthest image of the same identity.
+        negative: [B] int64, index of the nearest image of another identity.
+        valid: [B] bool, anchors that have both; the indices of the others are meaningless.
+    """
+
+    positive: Tensor
+    negative: Tensor
+    valid: Tensor
+
+
 class CrossInstanceBlock(nn.Module):
     """Pre-norm cross-attention from one image's vector to tokens of other images, and a pre-norm MLP.
 
-    Both have residuals, so that what comes out stays comparable to the vector that went in.
+    Both have residual connections, so the result stays comparable to the vector.
 
     Args:
         width: D of the vector.
         channels: C of the tokens.
         heads: attention heads; D must be a multiple.
-        mlp_ratio: hidden width of the MLP, in D.
+        mlp_ratio: hidden width of the MLP over D.
 
     Shape:
         query [B, D] float; tokens [B, N, C] float, or [1, N, C] shared by all queries; mask [B, N] bool, tokens that a
-        query may read, or None for all; out: [B, D] float and the attention [B, heads, N] float, which sums to 1 over
-        the tokens, or to 0 where a query may read none.
+        query may attend to, or None for all; out: [B, D] float and the attention [B, heads, N] float, which sums to 1
+        over the tokens, or to 0 where a query may attend to none.
     """
 
     def __init__(self, width: int, channels: int, heads: int = 8, mlp_ratio: float = 4.0) -> None:
@@ -83,81 +96,76 @@ class CrossInstanceBlock(nn.Module):
         k = self.key(normed).unflatten(-1, (self.heads, -1))
         v = self.value(normed).unflatten(-1, (self.heads, -1))
         scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5
-        # At least float32: masses near zero go into a logarithm.
+        # At least float32: a logarithm is taken of masses near zero.
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if mask is not None:
-            # The product silences queries without any token, for which the softmax alone would be uniform.
+            # The product zeroes queries without any token, for which the softmax alone would be uniform.
             scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
             attention = scores.softmax(dim=-1) * mask[:, None]
         else:
             attention = scores.softmax(dim=-1)
-        read = torch.einsum("bhn,bnhd->bhd", attention.to(v.dtype), v).flatten(1)
-        query = query + self.proj(read)
+        attended = torch.einsum("bhn,bnhd->bhd", attention.to(v.dtype), v).flatten(1)
+        query = query + self.proj(attended)
         return query + self.mlp(self.norm_mlp(query)), attention
 
 
-class IntraX(nn.Module):
-    """Identity-level feature of an image: its vector after reading the other images of its identity.
-
-    Differs from the paper (reading): an image reads all other images of its identity in the batch at once, and its own
-    tokens never.
+class _CrossInstanceModule(nn.Module):
+    """A cross-attention block and a neck.
 
     Args:
         width, channels, heads, mlp_ratio: see `CrossInstanceBlock`.
-
-    Shape:
-        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64.
     """
 
     def __init__(self, width: int, channels: int, heads: int = 8, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.block = CrossInstanceBlock(width, channels, heads, mlp_ratio)
         self.neck = BNNeck(width)
+
+
+class IntraX(_CrossInstanceModule):
+    """Identity-level feature of an image: its vector after cross-attention to the other images of its identity.
+
+    Differs from the paper (reading): an image attends to all other images of its identity in the batch at once, and
+    never to its own tokens.
+
+    Shape:
+        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64.
+    """
 
     def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor) -> IntraOutput:
         tokens = feature_map.flatten(2).transpose(1, 2)
         positive = _positives(labels)
-        read, _ = self.block(
+        attended, _ = self.block(
             embedding, tokens.flatten(0, 1).unsqueeze(0), positive.repeat_interleave(tokens.shape[1], dim=1)
         )
-        return IntraOutput(read, self.neck(read), positive.any(dim=1))
+        return IntraOutput(attended, self.neck(attended), positive.any(dim=1))
 
 
-class InterX(nn.Module):
-    """An anchor reads its hardest positive and its hardest negative at once, and shall look at the positive.
+class InterX(_CrossInstanceModule):
+    """Vector of an anchor after cross-attention to its hardest positive and its hardest negative together.
 
+    The loss on the attention masses trains it to prefer the positive.
     Differs from the paper (reading): hardest by Euclidean distance between embeddings, as in the triplet loss.
-
-    Args:
-        width, channels, heads, mlp_ratio: see `CrossInstanceBlock`.
 
     Shape:
         embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64.
     """
 
-    def __init__(self, width: int, channels: int, heads: int = 8, mlp_ratio: float = 4.0) -> None:
-        super().__init__()
-        self.block = CrossInstanceBlock(width, channels, heads, mlp_ratio)
-        self.neck = BNNeck(width)
-
     def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor) -> InterOutput:
         tokens = feature_map.flatten(2).transpose(1, 2)
-        hardest_positive, hardest_negative, valid = hardest_pairs(embedding.detach(), labels)
-        pair = torch.cat([tokens[hardest_positive], tokens[hardest_negative]], dim=1)
-        read, attention = self.block(embedding, pair)
+        hardest = hardest_pairs(embedding.detach(), labels)
+        pair = torch.cat([tokens[hardest.positive], tokens[hardest.negative]], dim=1)
+        attended, attention = self.block(embedding, pair)
         masses = attention.mean(dim=1).unflatten(1, (2, -1)).sum(dim=2)
-        return InterOutput(read, self.neck(read), masses, valid)
+        return InterOutput(attended, self.neck(attended), masses, hardest.valid)
 
 
-def hardest_pairs(embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Farthest image of the same identity and nearest image of another, for each anchor.
+def hardest_pairs(embedding: Tensor, labels: Tensor) -> HardestPairs:
+    """Returns the farthest image of the same identity and the nearest image of another, for each anchor.
 
     Args:
         embedding: [B, D] float.
         labels: [B] int64.
-
-    Returns:
-        Two indices [B] int64 and [B] bool, the anchors that have both; the others' indices mean nothing.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
@@ -165,10 +173,10 @@ def hardest_pairs(embedding: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Te
     positive, negative = _positives(labels), labels[:, None] != labels[None]
     farthest = distances.masked_fill(~positive, -1).argmax(dim=1)
     nearest = distances.masked_fill(~negative, torch.inf).argmin(dim=1)
-    return farthest, nearest, positive.any(dim=1) & negative.any(dim=1)
+    return HardestPairs(farthest, nearest, positive.any(dim=1) & negative.any(dim=1))
 
 
 def _positives(labels: Tensor) -> Tensor:
-    """[B, B] bool: another image of the same identity."""
+    """Returns which images are another image of the same identity, [B, B] bool."""
     own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     return (labels[:, None] == labels[None]) & ~own

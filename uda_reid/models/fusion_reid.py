@@ -1,4 +1,4 @@
-"""FusionReID: a convolutional and a transformer trunk whose query tokens read each other's maps.
+"""FusionReID: a convolutional and a transformer trunk whose query tokens attend to each other's maps.
 
 Wang et al., "Unity is Strength: Unifying Convolutional and Transformeral Features for Better Person
 Re-Identification", https://arxiv.org/abs/2412.17239, code: https://github.com/924973292/FusionReID
@@ -17,12 +17,12 @@ from uda_reid.models.trunks import CnnTrunk, VitTrunk
 
 
 class LRU(nn.Module):
-    """Local Refinement Unit: brings a branch's map to the common width by a depth-separable convolution.
+    """Local Refinement Unit: a depth-separable convolution from a branch's map to the common width.
 
         depthwise convolution, batch norm, PReLU, pointwise convolution, batch norm, PReLU
 
-    The convolutions have biases, as in the released code, which the batch norms cancel in training; each PReLU has one
-    slope.
+    The convolutions have biases, as in the released code, but they are frozen: the batch norms cancel them. Each PReLU
+    has one slope.
 
     Args:
         channels: C of the branch.
@@ -43,6 +43,7 @@ class LRU(nn.Module):
         self.pointwise = nn.Conv2d(channels, dim, 1)
         self.norm_pointwise = nn.BatchNorm2d(dim)
         self.act_pointwise = nn.PReLU()
+        _freeze(self, "depthwise.bias", "pointwise.bias")
 
     def forward(self, feature_map: Tensor) -> Tensor:
         refined = self.act_depthwise(self.norm_depthwise(self.depthwise(feature_map)))
@@ -50,7 +51,7 @@ class LRU(nn.Module):
 
 
 class SharedEncodingUnit(nn.Module):
-    """SEU: lets a branch's query token and patch tokens see one another.
+    """SEU: self-attention among a branch's query token and patch tokens.
 
     One pre-norm transformer block (queries, keys and values without bias) and a final layer norm.
 
@@ -68,10 +69,10 @@ class SharedEncodingUnit(nn.Module):
 
 
 class MutualFusionUnit(nn.Module):
-    """MFU: one branch's query token reads the other branch's encoded patch tokens.
+    """MFU: cross-attention from one branch's query token to the other branch's encoded patch tokens.
 
-    Pre-norm cross-attention, in which the patch tokens are normed on the way to the keys but not to the values, and a
-    pre-norm MLP, each with its residual.
+    Pre-norm cross-attention, in which the patch tokens are normed for the keys but not for the values, and a pre-norm
+    MLP, each with a residual connection.
 
     Shape:
         query [B, 1, D] float, tokens [B, h * w, D] float, out [B, 1, D] float.
@@ -82,8 +83,8 @@ class MutualFusionUnit(nn.Module):
         self.heads = heads
         self.norm_query = LayerNorm(dim)
         self.norm_key = LayerNorm(dim)
-        # A shift common to all keys leaves the softmax as it is, so this one could never be trained.
-        self.norm_key.bias.requires_grad_(False)
+        # A shift common to all keys does not change the softmax, so this one could never be trained.
+        _freeze(self, "norm_key.bias")
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
@@ -101,61 +102,87 @@ class MutualFusionUnit(nn.Module):
         return query + self.mlp(self.norm_mlp(query))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] to [B, heads, N, D / heads]."""
+        """Reshapes [B, N, D] to [B, heads, N, D / heads]."""
         return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class HeterogenousTransmissionModule(nn.Module):
-    """HTM: encode both branches, then let each query token read the other branch.
+    """HTM: encodes both branches, then each query token attends to the other branch.
 
     Args:
         dim: D of the tokens.
-        shared_encoder: one SEU for both branches (the paper) or one for each (the released code's default).
+        shared_encoder: one SEU for both branches (paper) or one for each (the released code's default).
+        seu: False leaves the encoding out, so the MFUs attend to the tokens as they come.
+        mfu: False leaves the fusion out, so the encoded query tokens are the result.
+        last: freezes the last bias before the result, as no loss on the result depends on it: batch norms and
+            distances between images do not change with a shift that all images share.
 
     Shape:
         queries [B, 1, D] float and patch tokens [B, h * w, D] float of the two branches, whose grids may differ;
         out: the two queries, [B, 1, D] float each.
     """
 
-    def __init__(self, dim: int, heads: int = 12, mlp_ratio: float = 4.0, *, shared_encoder: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        *,
+        shared_encoder: bool = True,
+        seu: bool = True,
+        mfu: bool = True,
+        last: bool = False,
+    ) -> None:
         super().__init__()
-        self.seu = nn.ModuleList(SharedEncodingUnit(dim, heads, mlp_ratio) for _ in range(1 if shared_encoder else 2))
-        self.mfu_cnn = MutualFusionUnit(dim, heads, mlp_ratio)
-        self.mfu_transformer = MutualFusionUnit(dim, heads, mlp_ratio)
+        if not (seu or mfu):
+            raise UserError("A transmission module needs seu or mfu, got neither: use layers = 0 to leave it out.")
+        encoders = (1 if shared_encoder else 2) if seu else 0
+        self.seu = nn.ModuleList(SharedEncodingUnit(dim, heads, mlp_ratio) for _ in range(encoders))
+        self.mfu_cnn = MutualFusionUnit(dim, heads, mlp_ratio) if mfu else None
+        self.mfu_transformer = MutualFusionUnit(dim, heads, mlp_ratio) if mfu else None
+        if last:
+            outputs = (
+                ("mfu_cnn.mlp.fc2", "mfu_transformer.mlp.fc2") if mfu else (f"seu.{i}.norm" for i in range(encoders))
+            )
+            _freeze(self, *(f"{output}.bias" for output in outputs))
 
     def forward(
         self, cnn_query: Tensor, transformer_query: Tensor, cnn_tokens: Tensor, transformer_tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
-        cnn = self.seu[0](torch.cat([cnn_query, cnn_tokens], dim=1))
-        transformer = self.seu[-1](torch.cat([transformer_query, transformer_tokens], dim=1))
-        return (
-            self.mfu_cnn(cnn[:, :1], transformer[:, 1:]),
-            self.mfu_transformer(transformer[:, :1], cnn[:, 1:]),
-        )
+        if self.seu:
+            cnn = self.seu[0](torch.cat([cnn_query, cnn_tokens], dim=1))
+            transformer = self.seu[-1](torch.cat([transformer_query, transformer_tokens], dim=1))
+            cnn_query, cnn_tokens = cnn[:, :1], cnn[:, 1:]
+            transformer_query, transformer_tokens = transformer[:, :1], transformer[:, 1:]
+        if self.mfu_cnn is None or self.mfu_transformer is None:
+            return cnn_query, transformer_query
+        return self.mfu_cnn(cnn_query, transformer_tokens), self.mfu_transformer(transformer_query, cnn_tokens)
 
 
 class FusionReID(nn.Module):
     """Dual-branch feature extraction and dual-attention mutual fusion, section 3 of the paper.
 
-    Differs from the paper: shifts that no loss can see are frozen. `shared_encoder=False` is the released default.
+    Differs from the paper: biases that no loss depends on are frozen. `shared_encoder=False` is the released default.
 
     Args:
         cnn: trunk of the convolutional branch.
         transformer: trunk of the transformer branch.
         dim: D of the refined maps and query tokens.
-        layers: L, how many HTMs are stacked, 1 to 6.
+        layers: L, the number of stacked HTMs, up to 6; 0 leaves out the HTM and with it the two fused outputs.
         heads: attention heads in every unit.
-        mlp_ratio: hidden width of every MLP, in D.
-        shared_encoder: see `HeterogenousTransmissionModule`.
+        mlp_ratio: hidden width of every MLP over D.
+        shared_encoder, seu, mfu: see `HeterogenousTransmissionModule`.
+        lru: False replaces each LRU by a linear projection to D. Its bias is trained: GeM is not linear in it.
         lru_kernel: see `LRU`.
 
     Shape:
         vectors "cnn" [B, C], "transformer" [B, D_t], and "cnn_query", "transformer_query", "cnn_fused",
         "transformer_fused" [B, D]; maps F_c [B, D, 16, 8] and F_t [B, D, 21, 10] for a ResNet and a patch stride of 12
         at 256x128, each on its own grid.
-    """
 
-    output_names = ("cnn", "transformer", "cnn_query", "transformer_query", "cnn_fused", "transformer_fused")
+    Raises:
+        UserError: the sizes contradict each other, or neither SEU nor MFU is left in an HTM.
+    """
 
     def __init__(
         self,
@@ -167,28 +194,34 @@ class FusionReID(nn.Module):
         heads: int = 12,
         mlp_ratio: float = 4.0,
         shared_encoder: bool = True,
+        lru: bool = True,
         lru_kernel: int = 1,
+        seu: bool = True,
+        mfu: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= layers <= 6:
-            raise UserError(f"FusionReID stacks 1 to 6 transmission modules, got {layers}: choose a number between.")
+        if not 0 <= layers <= 6:
+            raise UserError(f"FusionReID stacks 0 to 6 transmission modules, got {layers}: choose a number between.")
         if dim % heads:
             raise UserError(
                 f"The width {dim} of FusionReID must be a multiple of its {heads} heads: change one of them."
             )
         self.cnn = cnn
         self.transformer = transformer
-        self.lru_cnn = LRU(cnn.channels, dim, lru_kernel)
-        self.lru_transformer = LRU(transformer.channels, dim, lru_kernel)
+        self.lru_cnn, self.lru_transformer = (
+            LRU(trunk.channels, dim, lru_kernel) if lru else nn.Conv2d(trunk.channels, dim, 1)
+            for trunk in (cnn, transformer)
+        )
         self.gem = nn.ModuleDict({name: GeM() for name in ("cnn", "cnn_query", "transformer_query")})
         self.htm = nn.ModuleList(
-            HeterogenousTransmissionModule(dim, heads, mlp_ratio, shared_encoder=shared_encoder) for _ in range(layers)
+            HeterogenousTransmissionModule(
+                dim, heads, mlp_ratio, shared_encoder=shared_encoder, seu=seu, mfu=mfu, last=index == layers - 1
+            )
+            for index in range(layers)
         )
-        # Batch norms and distances between images cannot see a shift that all images share: nothing could train these.
-        units = [f"lru_{branch}.{conv}" for branch in ("cnn", "transformer") for conv in ("depthwise", "pointwise")]
-        for unit in (*units, f"htm.{layers - 1}.mfu_cnn.mlp.fc2", f"htm.{layers - 1}.mfu_transformer.mlp.fc2"):
-            self.get_parameter(f"{unit}.bias").requires_grad_(False)
-        self.output_widths = (cnn.channels, transformer.channels, dim, dim, dim, dim)
+        fused = ("cnn_fused", "transformer_fused") if layers else ()
+        self.output_names = ("cnn", "transformer", "cnn_query", "transformer_query", *fused)
+        self.output_widths = (cnn.channels, transformer.channels, dim, dim, *(dim for _ in fused))
         self.map_channels = 2 * dim
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput:
@@ -198,20 +231,19 @@ class FusionReID(nn.Module):
         transformer_refined = self.lru_transformer(transformer_map)
         cnn_query = self.gem["cnn_query"](cnn_refined)
         transformer_query = self.gem["transformer_query"](transformer_refined)
+        vectors: tuple[Tensor, ...] = (self.gem["cnn"](cnn_map), class_token, cnn_query, transformer_query)
 
-        # Only the query tokens travel up the stack: every module reads the refinement units' own tokens.
-        cnn_tokens = cnn_refined.flatten(2).transpose(1, 2)
-        transformer_tokens = transformer_refined.flatten(2).transpose(1, 2)
-        cnn_fused, transformer_fused = cnn_query.unsqueeze(1), transformer_query.unsqueeze(1)
-        for htm in self.htm:
-            cnn_fused, transformer_fused = htm(cnn_fused, transformer_fused, cnn_tokens, transformer_tokens)
-
-        vectors = (
-            self.gem["cnn"](cnn_map),
-            class_token,
-            cnn_query,
-            transformer_query,
-            cnn_fused[:, 0],
-            transformer_fused[:, 0],
-        )
+        if self.htm:
+            # Only the query tokens are passed up the stack: every module gets the refinement units' own tokens.
+            cnn_tokens = cnn_refined.flatten(2).transpose(1, 2)
+            transformer_tokens = transformer_refined.flatten(2).transpose(1, 2)
+            cnn_fused, transformer_fused = cnn_query.unsqueeze(1), transformer_query.unsqueeze(1)
+            for htm in self.htm:
+                cnn_fused, transformer_fused = htm(cnn_fused, transformer_fused, cnn_tokens, transformer_tokens)
+            vectors += (cnn_fused[:, 0], transformer_fused[:, 0])
         return BackboneOutput(vectors, (cnn_refined, transformer_refined))
+
+
+def _freeze(module: nn.Module, *names: str) -> None:
+    for name in names:
+        module.get_parameter(name).requires_grad_(False)

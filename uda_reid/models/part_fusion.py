@@ -1,4 +1,4 @@
-"""LF2: local parts of the student's map, fused into the teacher's global map.
+"""LF2: local parts of the student's map, fused with the teacher's global map.
 
 Ding and Zhou, "Learning Feature Fusion for Unsupervised Domain Adaptive Person Re-identification",
 https://arxiv.org/abs/2205.09495
@@ -15,14 +15,12 @@ from uda_reid.errors import UserError
 from uda_reid.models.bnneck import BNNeck
 from uda_reid.models.reid_model import ReIDModel
 
-PartVectors = tuple[Tensor, Tensor]
-
 
 def join_maps(maps: Sequence[Tensor]) -> Tensor:
-    """Lay maps of different grids over one another, so that one cell speaks of one place in the image.
+    """Returns all maps on the grid of the first one, concatenated on channels.
 
-    Every map is brought to the first one's grid by averaging the area that each target cell covers, which keeps the
-    map's mean; a single map is returned as it is.
+    A map of another grid is averaged over the area that each target cell covers, which keeps the map's mean. A single
+    map is returned unchanged.
 
     Args:
         maps: [B, C_i, H_i, W_i] float each.
@@ -46,8 +44,8 @@ def _resample(feature_map: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _area_weights(source: int, target: int, device: torch.device) -> Tensor:
-    """[target, source] float64: the share of each source cell in each target cell, on a common length."""
-    # Made where it is used: a copy from the host would make a training step wait for the device.
+    """Returns the share of each source cell in each target cell of an axis, [target, source] float64."""
+    # Computed on the device: a copy from the host would make a training step wait for it.
     target_edges = torch.arange(target + 1, dtype=torch.float64, device=device) / target
     source_edges = torch.arange(source + 1, dtype=torch.float64, device=device) / source
     upper = torch.minimum(target_edges[1:, None], source_edges[None, 1:])
@@ -56,7 +54,7 @@ def _area_weights(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def split_parts(feature_map: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Cut a map [B, C, H, W] into horizontal stripes from top to bottom; the first H mod parts have a row more.
+    """Splits a map [B, C, H, W] into horizontal stripes from top to bottom; the first H mod parts have one row more.
 
     Raises:
         UserError: there are fewer rows than parts.
@@ -67,9 +65,16 @@ def split_parts(feature_map: Tensor, parts: int) -> tuple[Tensor, ...]:
     return torch.tensor_split(feature_map, parts, dim=2)
 
 
-def pool_part(feature_map: Tensor) -> PartVectors:
-    """Average and maximum over the grid, [B, C] float each, of [B, C, H, W] float."""
-    return feature_map.mean(dim=(2, 3)), feature_map.amax(dim=(2, 3))
+class PooledPart(NamedTuple):
+    """Average and maximum of one part of a map over its grid, [B, C] float each."""
+
+    average: Tensor
+    maximum: Tensor
+
+
+def pool_part(feature_map: Tensor) -> PooledPart:
+    """Returns average and maximum over the grid of a map [B, C, H, W] float."""
+    return PooledPart(feature_map.mean(dim=(2, 3)), feature_map.amax(dim=(2, 3)))
 
 
 class PartEmbedding(nn.Module):
@@ -88,25 +93,25 @@ class PartEmbedding(nn.Module):
         self.norm = BNNeck(channels)
         nn.init.kaiming_normal_(self.linear.weight, mode="fan_out")
 
-    def forward(self, part_vectors: PartVectors) -> Tensor:
-        return self.norm(self.linear(torch.cat(part_vectors, dim=1)))
+    def forward(self, pooled: PooledPart) -> Tensor:
+        return self.norm(self.linear(torch.cat(pooled, dim=1)))
 
 
 class FusionModule(nn.Module):
-    """FM: channels that matter in a student's part stand out in the teacher's global map.
+    """FM: channel attention of a student's part, applied to the teacher's global map.
 
         Z = sigmoid(MLP(avg) + MLP(max)) * (avg + max)
         phi = batch norm(mean(Z * map) + max(Z * map))
 
-    Differs from the paper: the batch norm's shift is frozen at zero, see `PartEmbedding`.
-    Differs from the released code: that one's losses do not depend on this module, so it keeps its random start.
+    Differs from the paper: the batch norm's bias is frozen at zero, see `PartEmbedding`.
+    Differs from the released code: there no loss depends on this module, so it keeps its random initialization.
 
     Args:
         channels: C.
         reduction: C over the hidden width of the shared MLP.
 
     Shape:
-        part_vectors: average and maximum [B, C] float of one part; teacher_map [B, C, H, W] float; out [B, C] float.
+        pooled: average and maximum [B, C] float of one part; teacher_map [B, C, H, W] float; out [B, C] float.
     """
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
@@ -117,18 +122,18 @@ class FusionModule(nn.Module):
         )
         self.norm = BNNeck(channels)
 
-    def forward(self, part_vectors: PartVectors, teacher_map: Tensor) -> Tensor:
-        average, maximum = part_vectors
+    def forward(self, pooled: PooledPart, teacher_map: Tensor) -> Tensor:
+        average, maximum = pooled
         attention = torch.sigmoid(self.mlp(average) + self.mlp(maximum)) * (average + maximum)
-        mean, peak = pool_part(attention[:, :, None, None] * teacher_map)
-        return self.norm(mean + peak)
+        fused = pool_part(attention[:, :, None, None] * teacher_map)
+        return self.norm(fused.average + fused.maximum)
 
 
 class FusionModules(nn.Module):
-    """One fusion module for each part; they live on the student's side only.
+    """One fusion module for each part; only the student has them.
 
     Shape:
-        part_vectors: one pair of [B, C] float for each part; teacher_map [B, C, H, W] float;
+        pooled_parts: average and maximum [B, C] float of each part; teacher_map [B, C, H, W] float;
         out: phi^Pj [B, C] float for each part.
     """
 
@@ -136,54 +141,65 @@ class FusionModules(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(FusionModule(channels, reduction) for _ in range(parts))
 
-    def forward(self, part_vectors: Sequence[PartVectors], teacher_map: Tensor) -> tuple[Tensor, ...]:
-        return tuple(fuse(vectors, teacher_map) for fuse, vectors in zip(self.parts, part_vectors, strict=True))
+    def forward(self, pooled_parts: Sequence[PooledPart], teacher_map: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fuse(pooled, teacher_map) for fuse, pooled in zip(self.parts, pooled_parts, strict=True))
 
 
 class PartOutput(NamedTuple):
-    """What a student or teacher says of B images.
+    """Global and local features of B images.
 
     Fields:
-        embedding: [B, D_g] float, the global embeddings before their necks, concatenated.
-        bn_embedding: [B, D_g] float, the same after their necks.
+        embeddings: one [B, D_i] float tensor for each output of the backbone, before its neck.
+        bn_embeddings: the same after its neck.
         feature_map: [B, C, H, W] float, the maps joined: Phi^P0 of the teacher.
-        part_vectors: average and maximum of each part, [B, C] float each.
+        pooled_parts: average and maximum of each part, [B, C] float each.
         part_embeddings: F^Pj of each part, [B, C] float each.
     """
 
-    embedding: Tensor
-    bn_embedding: Tensor
+    embeddings: tuple[Tensor, ...]
+    bn_embeddings: tuple[Tensor, ...]
     feature_map: Tensor
-    part_vectors: tuple[PartVectors, ...]
+    pooled_parts: tuple[PooledPart, ...]
     part_embeddings: tuple[Tensor, ...]
 
 
 class PartReIDModel(nn.Module):
-    """Student or teacher: a re-identification model whose map is also read in parts.
+    """Student or teacher: a re-identification model with an embedding for each part of its map.
 
     Args:
-        reid: gives the global embeddings and the maps.
-        parts: horizontal stripes; 2 is upper and lower body, 0 leaves the global level alone.
+        reid: computes the global embeddings and the maps.
+        parts: horizontal stripes; 2 for upper and lower body, 0 for the global level alone.
+
+    Attributes:
+        descriptor_size: width of `descriptor`.
+        map_channels: C of the joined map and of every part embedding.
     """
 
     def __init__(self, reid: ReIDModel, parts: int = 2) -> None:
         super().__init__()
         self.reid = reid
         self.part_embeddings = nn.ModuleList(PartEmbedding(reid.map_channels) for _ in range(parts))
-        self.embedding_size = sum(reid.output_widths)
         self.map_channels = reid.map_channels
-        self.descriptor_size = self.embedding_size + parts * reid.map_channels
+        self.descriptor_size = reid.descriptor_size + parts * reid.map_channels
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> PartOutput:
-        """Embed images [B, 3, H, W] float of cameras [B] int64 (or None)."""
+        """Embeds images [B, 3, H, W] float of cameras [B] int64 (or None)."""
         embeddings, bn_embeddings, maps = self.reid(images, camera_ids)
         feature_map = join_maps(maps)
         parts = split_parts(feature_map, len(self.part_embeddings)) if len(self.part_embeddings) else ()
-        vectors = tuple(pool_part(part) for part in parts)
-        local = tuple(embed(pair) for embed, pair in zip(self.part_embeddings, vectors, strict=True))
-        return PartOutput(torch.cat(embeddings, dim=1), torch.cat(bn_embeddings, dim=1), feature_map, vectors, local)
+        pooled_parts = tuple(pool_part(part) for part in parts)
+        local = tuple(embed(pooled) for embed, pooled in zip(self.part_embeddings, pooled_parts, strict=True))
+        return PartOutput(embeddings, bn_embeddings, feature_map, pooled_parts, local)
+
+    def global_feature(self, output: PartOutput) -> Tensor:
+        """Returns the retrieval feature of the whole image, [B, reid.descriptor_size] float, not normalized."""
+        return self.reid.retrieval_feature(output)
 
     def descriptor(self, output: PartOutput) -> Tensor:
-        """Global and local embeddings, each of length 1, side by side: [B, descriptor_size] float, L2-normalised."""
-        levels = [F.normalize(embedding) for embedding in (output.embedding, *output.part_embeddings)]
+        """Returns global and local embeddings, each of length 1, concatenated and L2-normalized.
+
+        Returns:
+            [B, descriptor_size] float.
+        """
+        levels = [F.normalize(embedding) for embedding in (self.global_feature(output), *output.part_embeddings)]
         return F.normalize(torch.cat(levels, dim=1))

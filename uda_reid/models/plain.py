@@ -1,8 +1,9 @@
-"""Backbones of one trunk: the baselines that the hybrid and the adaptation loop are measured against."""
+"""Backbones of a single trunk: the baselines of the hybrid backbone and of the adaptation loop."""
 
 from torch import Tensor, nn
 
 from uda_reid.models.backbone import BackboneOutput
+from uda_reid.models.pooling import make_pooling
 from uda_reid.models.trunks import CnnTrunk, VitTrunk
 
 
@@ -13,18 +14,19 @@ class PlainCnn(nn.Module):
     https://arxiv.org/abs/1903.07071
 
     Args:
-        trunk: gives the map.
-        pooling: map [B, C, h, w] to vector [B, C], such as `pooling.GeM` or `pooling.AveragePool`.
+        trunk: computes the map.
+        pooling: name of the pooling layer, see `pooling.make_pooling`.
 
     Shape:
         one vector "cnn" [B, C] and one map [B, C, h, w].
     """
 
-    def __init__(self, trunk: CnnTrunk, pooling: nn.Module) -> None:
+    output_names = ("cnn",)
+
+    def __init__(self, trunk: CnnTrunk, pooling: str = "gem") -> None:
         super().__init__()
         self.cnn = trunk
-        self.pooling = pooling
-        self.output_names = ("cnn",)
+        self.pooling = make_pooling(pooling)
         self.output_widths = (trunk.channels,)
         self.map_channels = trunk.channels
 
@@ -42,13 +44,14 @@ class PlainVit(nn.Module):
         one vector "transformer" [B, D] and one map [B, D, h, w].
     """
 
+    output_names = ("transformer",)
+
     def __init__(self, trunk: VitTrunk) -> None:
         super().__init__()
         self.transformer = trunk
-        self.output_names = ("transformer",)
         self.output_widths = (trunk.channels,)
         self.map_channels = trunk.channels
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput:
-        class_token, feature_map = self.transformer(images, camera_ids)
-        return BackboneOutput((class_token,), (feature_map,))
+        tokens = self.transformer(images, camera_ids)
+        return BackboneOutput((tokens.class_token,), (tokens.feature_map,))

@@ -1,19 +1,21 @@
-"""Feature map to vector: average pooling and its learnable generalisation."""
+"""Pooling of a feature map to a vector: average, average plus maximum, and the learnable generalized mean."""
 
 import torch
 from torch import Tensor, nn
 
+from uda_reid.errors import UserError
+
 
 class GeM(nn.Module):
-    """Generalised-mean pooling, a learnable step between average (power 1) and max pooling (power to infinity).
+    """Generalized-mean pooling, a learnable step between average (power 1) and max pooling (power to infinity).
 
     Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", Eq. 3, https://arxiv.org/abs/1711.02512
 
         y_c = (mean over the grid of max(x_c, eps)^p)^(1/p)
 
     Args:
-        power: where the learnable power p starts.
-        eps: floor under every value, so that the root has a gradient; negative values are read as this floor.
+        power: initial value of the learnable power p.
+        eps: lower bound of the values, so that the root has a gradient; smaller values are raised to it.
 
     Shape:
         in [B, C, H, W] float, out [B, C] in the power's dtype, at least eps.
@@ -37,3 +39,27 @@ class AveragePool(nn.Module):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         return feature_map.mean(dim=(2, 3))
+
+
+class AverageMaxPool(nn.Module):
+    """Mean plus maximum over the grid: [B, C, H, W] float to [B, C] float."""
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        return feature_map.mean(dim=(2, 3)) + feature_map.amax(dim=(2, 3))
+
+
+POOLINGS: dict[str, type[nn.Module]] = {"gem": GeM, "avg": AveragePool, "avg+max": AverageMaxPool}
+
+
+def make_pooling(name: str) -> nn.Module:
+    """Returns a new pooling layer, [B, C, H, W] to [B, C].
+
+    Args:
+        name: "gem", "avg" or "avg+max".
+
+    Raises:
+        UserError: there is no pooling of that name.
+    """
+    if name not in POOLINGS:
+        raise UserError(f"The pooling must be one of {', '.join(POOLINGS)}, got '{name}'.")
+    return POOLINGS[name]()

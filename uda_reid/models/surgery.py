@@ -1,4 +1,4 @@
-"""What has to be cut out of a classification network to make it a trunk, found by running it once."""
+"""Changes that turn a classification network into a trunk; the layers to change are found by running it once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,7 @@ Grid = tuple[int, int]
 
 
 def dry_run(forward: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
-    """Output of one grey image through a model in evaluation mode, with its graph.
-
-    Returns:
-        Whatever `forward` gives for a [1, 3, 256, 128] float image.
-    """
+    """Returns what `forward` gives for a black image [1, 3, 256, 128] in evaluation mode, with its graph."""
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -31,21 +27,21 @@ def dry_run(forward: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
 
 
 def remove_last_stride(model: nn.Module, forward: Callable[[Tensor], Tensor], name: str) -> None:
-    """Keep the finer grid of the stage before last through the last stage, without dilation.
+    """Sets the stride of the last stage to 1, without dilation.
 
-    The layers that halve the grid for the last time are found by watching the grids of a dry run, so residual
-    shortcuts, average-pooled shortcuts and anti-aliased strides are treated alike.
+    The layers that halve the grid for the last time are found by the grids of a dry run, so residual shortcuts,
+    average-pooled shortcuts and anti-aliased strides are all covered.
 
     Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", section 2.5,
     https://arxiv.org/abs/1903.07071
 
     Args:
         model: changed in place.
-        forward: gives the model's last feature map.
-        name: what to call the model in an error.
+        forward: computes the model's last feature map.
+        name: of the model in an error.
 
     Raises:
-        UserError: the model has no layer whose stride could be taken away.
+        UserError: the model has no layer whose stride can be removed.
     """
     seen: list[tuple[str, Grid, Grid]] = []
 
@@ -80,7 +76,7 @@ def remove_last_stride(model: nn.Module, forward: Callable[[Tensor], Tensor], na
 
 
 def remove_stem_pool(model: nn.Module, name: str) -> None:
-    """Leave out the pooling between a ResNet's first layer and its first stage, which doubles every later grid.
+    """Removes the pooling between a ResNet's stem and its first stage, which doubles every later grid.
 
     Raises:
         UserError: the model has no such layer.
@@ -101,7 +97,7 @@ def _halves(before: Grid, after: Grid) -> bool:
 
 
 def _remove_stride(model: nn.Module, path: str) -> None:
-    """Stride 1 for one layer; a pool over 2 x 2 cells has nothing left to do and goes away."""
+    """Sets the stride of one layer to 1; a pool over an even number of cells is removed."""
     layer: Any = model.get_submodule(path)
     if isinstance(layer, (nn.AvgPool2d, nn.MaxPool2d)):
         kernel = layer.kernel_size if isinstance(layer.kernel_size, int) else layer.kernel_size[0]
@@ -119,7 +115,7 @@ def _remove_stride(model: nn.Module, path: str) -> None:
 
 
 class _EvenConv2d(nn.Module):
-    """A convolution of even kernel at stride 1, its input padded (more below and to the right) to keep the grid."""
+    """A convolution of even kernel at stride 1; the input is padded, more below and to the right, to keep the grid."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -132,11 +128,11 @@ class _EvenConv2d(nn.Module):
 
 
 def drop_unused(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-    """Take out every submodule that the map does not depend on, so that no trainable parameter is without gradient.
+    """Removes every submodule that the map does not depend on, so that every trainable parameter gets a gradient.
 
     Args:
         model: changed in place; whole submodules are replaced by the identity.
-        forward: gives the model's last feature map.
+        forward: computes the model's last feature map.
     """
     named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
     output = dry_run(forward, model)

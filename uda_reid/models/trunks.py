@@ -1,10 +1,10 @@
-"""Any convolutional network and any plain vision transformer of timm, cut down to what re-identification reads."""
+"""Trunks: any convolutional network and any plain vision transformer of timm, without its classifier."""
 
 import difflib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -22,7 +22,7 @@ VIT_EXAMPLES = (
     "vit_base_patch16_224, deit_base_patch16_224, deit_base_distilled_patch16_224, deit3_base_patch16_224, "
     "vit_base_patch16_clip_224 or vit_small_patch14_reg4_dinov2"
 )
-# Decided by the trunk itself, so an option must not contradict it.
+# Set by the trunk itself, so an option must not contradict it.
 DECIDED = {
     "img_size", "num_classes", "global_pool", "output_stride", "in_chans", "class_token", "dynamic_img_size",
     "dynamic_img_pad", "patch_drop_rate", "pretrained", "features_only",
@@ -50,21 +50,32 @@ class CnnTrunk(nn.Module):
         return self.model.forward_features(images)
 
 
+class VitOutput(NamedTuple):
+    """Tokens of B images.
+
+    Fields:
+        class_token: [B, D] float.
+        feature_map: patch tokens on their grid, [B, D, h, w] float.
+    """
+
+    class_token: Tensor
+    feature_map: Tensor
+
+
 class VitTrunk(nn.Module):
     """A plain vision transformer up to its last layer norm, with an optional camera embedding.
 
     Camera embedding: He et al., "TransReID: Transformer-based Object Re-Identification", Eq. 5,
     https://arxiv.org/abs/2102.04378
-    Differs from the paper: a camera without an embedding of its own (none given, or an id outside the trained ones)
-    takes the mean of the trained embeddings, so that a camera that was never seen can be encoded.
+    Differs from the paper: a camera without an embedding of its own (no id, or an id outside the trained ones) gets the
+    mean of the trained embeddings, so that images of an unseen camera can be encoded.
 
     Attributes:
         channels: D, the width of a token.
-        grid: (h, w), the patches.
+        grid: (h, w) of the patches.
 
     Shape:
-        images [B, 3, H, W] float of the size that the trunk was built for; camera_ids [B] int64 or None;
-        out: class token [B, D] float and patch tokens [B, D, h, w] float.
+        images [B, 3, H, W] float of the size that the trunk was built for; camera_ids [B] int64 or None.
     """
 
     model: Any
@@ -80,7 +91,7 @@ class VitTrunk(nn.Module):
             nn.Parameter(trunc_normal_(torch.zeros(cameras, self.channels), std=0.02)) if cameras else None
         )
 
-    def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> VitOutput:
         if tuple(images.shape[-2:]) != self.image_size:
             height, width = self.image_size
             raise UserError(
@@ -92,11 +103,11 @@ class VitTrunk(nn.Module):
             tokens = tokens + self.camera_scale * self._camera_tokens(self.camera_embedding, camera_ids)
         tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))
         patches = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
-        return tokens[:, 0], patches
+        return VitOutput(tokens[:, 0], patches)
 
     @staticmethod
     def _camera_tokens(table: Tensor, camera_ids: Tensor | None) -> Tensor:
-        """One embedding for each image, [B or 1, 1, D] float."""
+        """Returns one embedding for each image, [B or 1, 1, D] float."""
         mean = table.mean(dim=0, keepdim=True)
         if camera_ids is None:
             return mean.unsqueeze(1)
@@ -113,15 +124,15 @@ def cnn_trunk(
     stem_pool: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> CnnTrunk:
-    """Build the trunk of any convolutional network of timm.
+    """Returns the trunk of any convolutional network of timm.
 
     Args:
         name: timm's name, such as "resnet50".
-        weights: "none" (random start), "timm" (downloaded by timm) or the path of a file.
-        last_stride: 1 keeps the finer grid through the last stage (16x8 of a 256x128 image for a ResNet), 2 is the
-            network as published.
-        stem_pool: False leaves out the pooling after a ResNet's first layer, for images too small to lose its rows.
-        options: passed on to timm.create_model.
+        weights: "none" (random), "timm" (downloaded by timm) or the path of a file.
+        last_stride: 1 keeps the finer grid in the last stage (16x8 of a 256x128 image for a ResNet), 2 is the network
+            as published.
+        stem_pool: False removes the pooling after a ResNet's stem, for small images.
+        options: passed to timm.create_model.
 
     Raises:
         UserError: the name, the options or the weights do not fit.
@@ -158,21 +169,21 @@ def vit_trunk(
     drop_path: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> VitTrunk:
-    """Build the trunk of any plain vision transformer of timm, its patches overlapping if wished.
+    """Returns the trunk of any plain vision transformer of timm, with overlapping patches if wanted.
 
     He et al., "TransReID: Transformer-based Object Re-Identification", Eq. 2, https://arxiv.org/abs/2102.04378:
     h = floor((H - patch) / stride) + 1 and the same for w.
 
     Args:
         name: timm's name, such as "vit_base_patch16_224".
-        image_size: (H, W) of the images to come.
-        patch_stride: pixels between patches; less than the patch size makes them overlap; None is the patch size.
-        weights: "none" (random start), "timm" (downloaded by timm) or the path of a file; loaded at the size they were
-            trained at, after which the position embeddings are interpolated.
-        cameras: cameras with an embedding of their own; 0 is no camera embedding.
+        image_size: (H, W) of the input.
+        patch_stride: pixels between patches; below the patch size they overlap; None for the patch size.
+        weights: "none" (random), "timm" (downloaded by timm) or the path of a file; loaded at the size they were
+            trained at, then the position embeddings are interpolated.
+        cameras: number of cameras with an embedding of their own; 0 for no camera embedding.
         camera_scale: factor on the camera embedding.
-        drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
-        options: passed on to timm.create_model.
+        drop_path: stochastic depth of the last block; it rises linearly from 0 at the first.
+        options: passed to timm.create_model.
 
     Raises:
         UserError: the name, the sizes, the options or the weights do not fit.
@@ -195,15 +206,15 @@ def vit_trunk(
     size = (image_size[0], image_size[1])
     _set_grid(model, size, patch_stride)
     if weights == "none":
-        # Interpolation would have smoothed a random start away.
+        # Interpolation smooths random embeddings away.
         trunc_normal_(model.pos_embed, std=0.02)
-    # The necks' batch norms and the distances between images cannot see this shift, so nothing could train it.
+    # Batch norms and distances between images do not change with a shift that all images share.
     model.norm.bias.requires_grad_(False)
     return VitTrunk(model, size, cameras, camera_scale)
 
 
 def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None) -> None:
-    """Lay the patches of a loaded model over another image size, and interpolate its position embeddings to them."""
+    """Sets image size and patch stride of a loaded model, and interpolates its position embeddings to the new grid."""
     embed = model.patch_embed
     patch: tuple[int, int] = embed.patch_size
     stride = patch if patch_stride is None else (patch_stride, patch_stride)
@@ -230,14 +241,12 @@ def _classifier(model: Any) -> tuple[str, ...]:
 
 
 def _create(name: str, weights: str, options: dict[str, Any]) -> Any:
-    """timm.create_model, its refusals turned into sentences."""
+    """Returns timm.create_model's network; its errors become `UserError`."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(f"Expected a model of timm, got {name!r}: use {' or '.join(near) or 'resnet50'}.")
     if clash := sorted(DECIDED & options.keys()):
-        raise UserError(
-            f"Expected options that the trunk does not decide itself, got {', '.join(clash)}: leave them out."
-        )
+        raise UserError(f"Expected options that the trunk does not set itself, got {', '.join(clash)}: leave them out.")
     if weights not in ("none", "timm") and not Path(weights).suffix:
         raise UserError(f'weights must be "none", "timm" or the path of a file, got {weights!r}: choose one of them.')
     build = partial(timm.create_model, name, pretrained=weights == "timm", **options)

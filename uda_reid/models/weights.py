@@ -1,4 +1,4 @@
-"""Weights from a file: read without running any of its code, loaded strictly."""
+"""Weights from files, read without running any code in them, and the one comparison of state dicts."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,12 @@ WRAPPERS = ("state_dict", "model")
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, out of a {"state_dict": ...} or {"model": ...} wrapper and without `module.` prefixes.
+    """Returns the state dict of a file, on the CPU, without a {"state_dict": ...} or {"model": ...} around it.
+
+    Prefixes `module.` of the keys are removed.
 
     Args:
         path: a .safetensors, .pth, .pt or .bin file.
-
-    Returns:
-        Tensors on the CPU, by key.
 
     Raises:
         UserError: the file is missing, of another kind, damaged, or holds more than tensors.
@@ -45,7 +44,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"Expected only tensors in {path}, got a pickle that is damaged or would run code: save its state dict."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"Expected readable weights in {path}, got a damaged file: fetch it again.") from error
+        raise UserError(f"Expected readable weights in {path}, got a damaged file: download it again.") from error
 
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -58,38 +57,66 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, classifier: Sequence[str], source: str) -> None:
-    """Load every tensor but the classifier's, or none at all.
+    """Loads every tensor except the classifier's into a model, or none at all.
 
     Args:
         model: receives the weights.
         state: tensors by key.
-        classifier: names of the modules whose weights are left out on both sides, such as ("fc",).
-        source: what to call the weights in an error.
+        classifier: names of the modules whose weights are ignored on both sides, such as ("fc",).
+        source: name of the weights in an error.
 
     Raises:
-        UserError: a key is missing, left over or of another shape.
+        UserError: a key is missing, unexpected or of another shape.
     """
     prefixes = tuple(f"{name}." for name in classifier)
     own = model.state_dict()
     given = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     # Files older than this counter of batch norm load without it in torch, too.
-    needed = {key for key in own if not key.startswith(prefixes) and not key.endswith("num_batches_tracked")}
-    missing = sorted(needed - given.keys())
-    unexpected = sorted(given.keys() - own.keys())
-    reshaped = sorted(key for key in given.keys() & own.keys() if given[key].shape != own[key].shape)
-    if missing or unexpected or reshaped:
-        findings = []
-        if missing:
-            findings.append(f"{len(missing)} missing (first {missing[0]})")
-        if unexpected:
-            findings.append(f"{len(unexpected)} unexpected (first {unexpected[0]})")
-        if reshaped:
-            key = reshaped[0]
-            findings.append(
-                f"{len(reshaped)} of another shape (first {key}, {list(given[key].shape)} for {list(own[key].shape)})"
-            )
-        raise UserError(
-            f"Expected the {len(needed)} tensors of the model in {source}, got {', '.join(findings)}: "
-            "name the model that these weights belong to."
-        )
+    optional = {key for key in own if key.endswith("num_batches_tracked")} - given.keys()
+    expected = {key: value for key, value in own.items() if key not in optional and not key.startswith(prefixes)}
+    remedy = "name the model that these weights belong to"
+    check_state_dict(given, expected, what=f"the model in {source}", remedy=remedy)
     model.load_state_dict({**own, **given})
+
+
+def check_state_dict(
+    stored: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    what: str,
+    remedy: str,
+    check_dtype: bool = False,
+) -> None:
+    """Compares two state dicts by the names and shapes of their tensors.
+
+    Args:
+        stored: as read.
+        expected: as needed.
+        what: completes "Expected the 12 tensors of ..." in the error, such as "the model in weights.pth".
+        remedy: the last clause of the error, without a period.
+        check_dtype: compare dtypes too.
+
+    Raises:
+        UserError: tensors are missing, unexpected or of another shape (or dtype); it counts each kind and shows an
+            example of each.
+    """
+
+    def describe(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} " * check_dtype + str(list(tensor.shape))
+
+    missing = sorted(expected.keys() - stored.keys())
+    unexpected = sorted(stored.keys() - expected.keys())
+    shared = sorted(expected.keys() & stored.keys())
+    changed = [key for key in shared if describe(stored[key]) != describe(expected[key])]
+    findings = []
+    if missing:
+        findings.append(f"{len(missing)} missing (first {missing[0]})")
+    if unexpected:
+        findings.append(f"{len(unexpected)} unexpected (first {unexpected[0]})")
+    if changed:
+        key, kind = changed[0], "shape or dtype" if check_dtype else "shape"
+        findings.append(
+            f"{len(changed)} of another {kind} (first {key}, {describe(stored[key])} for {describe(expected[key])})"
+        )
+    if findings:
+        raise UserError(f"Expected the {len(expected)} tensors of {what}, got {', '.join(findings)}: {remedy}.")

@@ -1,15 +1,16 @@
-"""What a person sees: sentences, progress bars and tables on a terminal, plain lines elsewhere."""
+"""Text, progress bars and tables for the user: drawn on a terminal, plain lines elsewhere."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import IO
+from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+T = TypeVar("T")
 Advance = Callable[[int, int], None]  # called with (images done, images in all)
 METRICS = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 
@@ -18,8 +19,8 @@ class Reporter:
     """Writes to a terminal or a file.
 
     Args:
-        file: where to write (standard output if not given).
-        terminal: treat the output as a terminal or not; found out if not given.
+        file: standard output by default.
+        terminal: whether to treat `file` as a terminal; detected by default.
     """
 
     def __init__(self, file: IO[str] | None = None, *, terminal: bool | None = None) -> None:
@@ -28,23 +29,40 @@ class Reporter:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether bars and drawn tables make sense."""
+        """Whether bars and tables are drawn."""
         return self._console.is_terminal
 
     def say(self, text: str) -> None:
-        """One line for the person."""
+        """Prints one line."""
         self._console.print(Text(text))
 
     def warn(self, text: str) -> None:
-        """One line that the person should not miss."""
+        """Prints one line that is marked as a warning."""
         self._console.print(Text.assemble(("warning:", "yellow"), " ", text))
 
+    def track(
+        self, batches: Iterable[T], title: str, total: int, size: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
+        """Yields the items of `batches` and moves a bar, which disappears at the end; prints nothing to a file.
+
+        Args:
+            total: images in all.
+            size: returns the number of images of an item; by default the length of its first element.
+        """
+        count: Callable[[Any], int] = size or (lambda batch: len(batch[0]))
+        done = 0
+        with self._bar(title) as advance:
+            for batch in batches:
+                yield batch
+                done += count(batch)
+                advance(done, total)
+
     @contextmanager
-    def progress(self, description: str) -> Iterator[Advance]:
-        """A stage over images: a bar with speed and time left, and one line when it is done."""
+    def progress(self, title: str) -> Iterator[Advance]:
+        """Moves a bar by callback for a stage that cannot be iterated over, and prints one line at its end."""
         started = perf_counter()
         images = 0
-        with self.bar(description) as advance:
+        with self._bar(title) as advance:
 
             def count(done: int, total: int) -> None:
                 nonlocal images
@@ -53,11 +71,10 @@ class Reporter:
 
             yield count
         seconds = max(perf_counter() - started, 1e-9)
-        self.say(f"{description}: {images:,} images in {seconds:.1f} s ({images / seconds:,.0f} images/s)")
+        self.say(f"{title}: {images:,} images in {seconds:.1f} s ({images / seconds:,.0f} images/s)")
 
     @contextmanager
-    def bar(self, description: str) -> Iterator[Advance]:
-        """A bar with images/s and time left that is gone when its stage is; nothing where there is no terminal."""
+    def _bar(self, title: str) -> Iterator[Advance]:
         if not self.is_terminal:
             yield lambda done, total: None
             return
@@ -70,7 +87,7 @@ class Reporter:
             TimeRemainingColumn(compact=True),
         )
         with Progress(*columns, console=self._console, transient=True) as bar:
-            task = bar.add_task(description, total=None, speed="-")
+            task = bar.add_task(title, total=None, speed="-")
 
             def advance(done: int, total: int) -> None:
                 speed = f"{done / max(perf_counter() - started, 1e-9):,.0f}"
@@ -79,20 +96,24 @@ class Reporter:
             yield advance
 
     def table_header(self, columns: Mapping[str, int]) -> None:
-        """Starts a table that grows by `table_row`, so that each row is seen when its epoch ends.
+        """Prints the header of a table whose rows follow one by one, by `table_row`.
 
         Args:
             columns: title -> width in characters.
         """
         self._widths = [max(width, len(title)) for title, width in columns.items()]
-        self._console.print(Text(self._aligned(list(columns)), style="bold"))
+        self._console.print(Text(self._align(list(columns)), style="bold"))
 
     def table_row(self, cells: list[str]) -> None:
-        """One row under the header that `table_header` printed."""
-        self.say(self._aligned(cells))
+        """Prints one row under the last header."""
+        self.say(self._align(cells))
 
     def metrics(self, title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Retrieval accuracy in per cent, one row each, and a row of differences where there are two."""
+        """Prints retrieval accuracy in percent, one row per model, and the gain if there are two.
+
+        Args:
+            rows: name -> value of each key of METRICS.
+        """
         shown = {name: [f"{values[key]:.1f}" for key in METRICS] for name, values in rows.items()}
         if len(rows) == 2:
             first, second = rows.values()
@@ -124,7 +145,7 @@ class Reporter:
             yield lambda stage, done: bars.update(tasks[stage], completed=done)
 
     def table(self, columns: list[str], rows: list[list[str]]) -> None:
-        """A table of text, drawn on a terminal and tab-separated elsewhere."""
+        """Prints a table of text, drawn on a terminal and tab-separated elsewhere."""
         if not self.is_terminal:
             for row in [columns, *rows]:
                 self._console.file.write("\t".join(row) + "\n")  # the console would turn tabs into spaces
@@ -136,5 +157,5 @@ class Reporter:
             table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
 
-    def _aligned(self, cells: list[str]) -> str:
+    def _align(self, cells: list[str]) -> str:
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))

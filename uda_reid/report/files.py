@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are complete or absent, whatever happens while they are written."""
 
 import errno
 import os
@@ -9,10 +9,10 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file beside its place, brings it to disk and moves it there: a reader sees the old one or the new one.
+    """Writes a file under another name, flushes it to disk and renames it: a reader sees the old or the new file.
 
     Raises:
-        OSError: it cannot be written; what was at `path` is still there.
+        OSError: it cannot be written; the old file at `path` is unchanged.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:

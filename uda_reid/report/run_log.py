@@ -1,4 +1,4 @@
-"""The folder that a run leaves behind: the recipe as resolved, a line of JSON per epoch, and a summary."""
+"""The folder of a run: the resolved recipe, one line of JSON per epoch, and a summary."""
 
 import fcntl
 import json
@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from uda_reid.errors import UserError
 from uda_reid.report.files import write_atomically
 
@@ -21,58 +19,62 @@ PACKAGES = ("uda-reid", "torch", "timm", "numpy", "scikit-learn", "faiss-gpu", "
 
 
 class RunLog:
-    """Writes one run's folder, which no other process may write at the same time.
+    """Writes the folder of one run and locks it against other processes.
 
     Args:
-        folder: made if need be; it must not hold anything yet, unless the run goes on.
-        writes: False in the processes of a team that do not lead it: they know the folder and leave it alone.
-        goes_on: the folder is of a run that was stopped.
+        folder: created if needed; must be empty unless the run is resumed.
+        writes: False in processes that are not the main one: they know the folder and write nothing.
+        resumed: whether the folder holds a run that was stopped.
 
     Raises:
-        UserError: the folder holds files, cannot be made, or is in use.
+        UserError: the folder holds files, cannot be created, or is locked.
     """
 
-    def __init__(self, folder: Path, *, writes: bool = True, goes_on: bool = False) -> None:
+    def __init__(self, folder: Path, *, writes: bool = True, resumed: bool = False) -> None:
         self.folder = folder
         self.writes = writes
-        self.goes_on = goes_on
+        self.resumed = resumed
         if not writes:
             return
-        if not goes_on and folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"The output folder {folder} already holds files; name another with --out or empty it.")
+        if not resumed and folder.is_dir() and any(folder.iterdir()):
+            raise UserError(
+                f"The output folder {folder} must be empty, but it already holds files; name another with --out or "
+                "empty it."
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"The output folder {folder} cannot be made ({error.strerror}); name another.") from error
-        weakref.finalize(self, os.close, _locked(folder))
+            raise UserError(
+                f"The output folder {folder} cannot be created ({error.strerror}); name another with --out."
+            ) from error
+        weakref.finalize(self, os.close, _lock(folder))
 
     def part(self, name: str) -> "RunLog":
-        """The log of a run inside this one; it goes on where there is one already."""
-        folder = self.folder / name
-        return RunLog(folder, writes=self.writes, goes_on=self.goes_on)
+        """Returns the log of a run inside this one, in a folder of that name."""
+        return RunLog(self.folder / name, writes=self.writes, resumed=self.resumed)
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run's weights go."""
+        """The file of the trained weights."""
         return self.folder / CHECKPOINT
 
     def write_recipe(self, text: str) -> None:
-        """Stores the resolved recipe."""
+        """Writes recipe.toml, the resolved recipe."""
         self._write(RECIPE, text)
 
     def write_command(self, command: Mapping[str, Any]) -> None:
-        """Stores what was asked for, so that the run can be gone on with."""
+        """Writes command.json, from which the run can be resumed."""
         self._write(COMMAND, json.dumps(command, indent=2) + "\n")
 
     def restart(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Leaves in metrics.jsonl the epochs that a saved state holds; later ones will be made again."""
+        """Overwrites metrics.jsonl with the epochs that a saved state holds; later ones will be trained again."""
         self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one epoch to metrics.jsonl, on disk before it returns.
+        """Adds one line to metrics.jsonl and flushes it to disk.
 
         Raises:
-            OSError: there is no room; the file is as it was.
+            OSError: the disk is full; the file is unchanged.
         """
         if not self.writes:
             return
@@ -87,7 +89,7 @@ class RunLog:
                 raise
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Stores summary.json, with the versions that produced it."""
+        """Writes summary.json, with the versions of the packages."""
         self._write(SUMMARY, json.dumps({**summary, "packages": versions()}, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
@@ -97,38 +99,40 @@ class RunLog:
             write_atomically(self.folder / name, text)
         except OSError as error:
             raise UserError(
-                f"{self.folder / name} could not be written ({error.strerror}); make room there, and go on with "
-                "--resume if this was a training."
+                f"{self.folder / name} could not be written ({error.strerror}); make room there and repeat the "
+                "command, with --resume if it was a training."
             ) from error
 
     def summary(self) -> dict[str, Any]:
-        """The stored summary of a finished run."""
+        """Returns the summary of a finished run."""
         content = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
         assert isinstance(content, dict)
         return content
 
 
-def _locked(folder: Path) -> int:
-    """Takes a lock on a folder that ends with its handle, or with the process, however that ends; the handle."""
+def _lock(folder: Path) -> int:
+    """Locks a folder and returns the handle; the lock ends when it is closed, at the latest with the process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(
-            f"The run {folder} is being written by another process; wait until that one ends, or stop it."
+            f"The run {folder} is locked by another process that writes it; wait until that process ends or stop it."
         ) from error
     return handle
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything a result depends on."""
+    """Returns the versions of everything that a result depends on."""
+    import torch  # here, since the command line reads this module's names before it needs torch
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # one of the two faiss builds, or run from a checkout that is not installed
+            continue  # the other build of faiss, or a checkout that is not installed
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

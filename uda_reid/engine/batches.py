@@ -1,0 +1,155 @@
+"""The P x K batches of a training step: one for each level of pseudo-labels, or one that all levels share."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from uda_reid.data.identity_sampler import IdentitySampler
+from uda_reid.data.image_set import ImageSet
+from uda_reid.distributed import shard, world_size
+from uda_reid.errors import UserError
+from uda_reid.seeding import seed_step
+from uda_reid.settings import AdaptSettings, PretrainSettings
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step, on the device.
+
+    Attributes:
+        step: of the epoch.
+        images: [b, 3, H, W] float32, augmented: this process's rows of the B images of the batch.
+        camera_indices: [b] int64.
+        rows: level -> the rows of `images` that belong to it.
+        labels: level -> [P * K] int64 of the whole batch.
+        indices: [B] int64, all images of the batch, on the CPU.
+    """
+
+    step: int
+    images: Tensor
+    camera_indices: Tensor
+    rows: dict[str, slice]
+    labels: dict[str, Tensor]
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images of each level in the whole batch."""
+        return {level: len(labels) for level, labels in self.labels.items()}
+
+
+class LevelBatches:
+    """Draws the batch of each step: P identities with K images each, for every level.
+
+    Every process draws the same batch from the same seed and works on its share of the rows.
+
+    Args:
+        data: the images.
+        settings: P, K and the augmentation.
+        shared: one batch for all levels, drawn by the labels of the first; images that are outliers of another level
+            have a negative label there.
+        seed: of the run, for the augmentation.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        settings: PretrainSettings | AdaptSettings,
+        *,
+        shared: bool = False,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._data, self._settings, self._shared = data, settings, shared
+        self._seed, self._device = seed, device
+        self.begin_epoch({}, ())
+
+    def begin_epoch(self, labels: Mapping[str, Tensor], seeds: Sequence[int]) -> None:
+        """Starts an epoch over new labels.
+
+        Args:
+            labels: level -> [N] int64; negative ones are not drawn. May be empty: there is then nothing to train on.
+            seeds: of the draws, one for each level.
+        """
+        self._labels, self._seeds, self._drawn = dict(labels), list(seeds), 0
+        levels = list(labels)[:1] if self._shared else list(labels)
+        identities, instances = self._settings.identities, self._settings.instances
+        self._samplers = {
+            level: IdentitySampler(labels[level].numpy(), identities, instances, torch.Generator().manual_seed(seed))
+            for level, seed in zip(levels, self._seeds, strict=False)  # a shared batch needs only the first seed
+        }
+
+    @property
+    def size(self) -> int:
+        """Images of a batch with P identities in every level; there may be fewer."""
+        return len(self._samplers) * self._settings.identities * self._settings.instances
+
+    def draw(self, epoch: int, steps: Iterable[int]) -> Iterator[Batch]:
+        """Yields the batch of each step and sets the random state of the step; none in an epoch without labels.
+
+        Args:
+            epoch, steps: decide the augmentation, together with the seed.
+        """
+        if self._labels:
+            for step in steps:
+                yield self._draw(epoch, step)
+
+    def _draw(self, epoch: int, step: int) -> Batch:
+        indices, labels = self._draw_indices()
+        rows, bounds = self._own_rows(len(indices), [len(each) for each in labels.values()])
+        generator = seed_step(self._seed, epoch, step, self._device)
+        chosen = rows if world_size() > 1 else None
+        images, cameras = self._data.augmented(indices, self._settings.augment, generator, self._device, chosen)
+        on_device = {level: each.to(self._device, non_blocking=True) for level, each in labels.items()}
+        return Batch(step, images, cameras, dict(zip(labels, bounds, strict=True)), on_device, indices)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns labels, seeds and the number of batches drawn."""
+        labels = {f"labels.{level}": each for level, each in self._labels.items()}
+        return {**labels, "seeds": torch.tensor(self._seeds, dtype=torch.int64), "drawn": torch.tensor(self._drawn)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restores an epoch, and draws again what was drawn."""
+        names = [name for name in state_dict if name.startswith("labels.")]
+        labels = {name.removeprefix("labels."): state_dict[name] for name in names}
+        self.begin_epoch(labels, state_dict["seeds"].tolist())
+        for _ in range(int(state_dict["drawn"])):
+            self._draw_indices()
+
+    def _draw_indices(self) -> tuple[Tensor, dict[str, Tensor]]:
+        self._drawn += 1
+        drawn = {level: sampler.draw() for level, sampler in self._samplers.items()}
+        indices = torch.cat(list(drawn.values()))
+        return indices, {level: each[drawn.get(level, indices)] for level, each in self._labels.items()}
+
+    def _own_rows(self, images: int, sizes: Sequence[int]) -> tuple[Tensor, list[slice]]:
+        """Returns this process's rows of the batch, and where those of each level are among them."""
+        if self._shared:
+            own = torch.arange(images)[shard(images)]
+            return own, [slice(0, len(own))] * len(sizes)
+        shares = [level[shard(len(level))] for level in torch.arange(images).split(list(sizes))]
+        ends = torch.tensor([len(share) for share in shares]).cumsum(0).tolist()
+        return torch.cat(shares), [slice(end - len(share), end) for end, share in zip(ends, shares, strict=True)]
+
+
+def check_processes(instances: int, batch_norm_group: int) -> None:
+    """Refuses more processes than a small batch has images for.
+
+    Args:
+        instances: K; a batch holds at least two identities.
+        batch_norm_group: 0 takes batch statistics over all processes, any other value needs two images in each.
+
+    Raises:
+        UserError: there are more than 2 K processes, or K with a group.
+    """
+    most = instances if batch_norm_group else 2 * instances
+    if world_size() > most:
+        raise UserError(
+            f"A batch may hold as few as 2 x {instances} images, too few for {world_size()} processes; start at most "
+            f"{most}, or raise instances."
+        )

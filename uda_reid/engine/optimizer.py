@@ -1,0 +1,184 @@
+"""The optimizer of both training stages: one step that is skipped, without a trace, if anything is not finite."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uda_reid.distributed import all_reduce_mean
+from uda_reid.errors import UserError
+from uda_reid.settings import OptimSettings
+
+Losses = dict[str, Tensor]
+
+
+def learning_rate_factor(epoch: float, epochs: int, settings: OptimSettings) -> float:
+    """Returns the fraction of the full learning rate at a position in training.
+
+    A closed form of the position alone, so nothing of the schedule has to be stored.
+
+    Args:
+        epoch: finished epochs plus the fraction of the current one, in [0, epochs).
+        epochs: length of the training.
+    """
+    if epoch < settings.warmup_epochs:
+        return settings.warmup_start + (1 - settings.warmup_start) * epoch / settings.warmup_epochs
+    if settings.schedule == "cosine":
+        done = epoch / epochs
+        return settings.final_fraction + (1 - settings.final_fraction) * 0.5 * (1 + math.cos(math.pi * done))
+    if settings.schedule == "multistep":
+        return settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
+    return 1.0
+
+
+class GuardedOptimizer:
+    """SGD, Adam or AdamW over networks and heads, which takes no step where a loss or a gradient is not finite.
+
+    Whether a step counts is decided on the device, so the host never waits for it. A skipped step leaves parameters,
+    moments and batch-norm statistics as they were before its forward pass.
+
+    Args:
+        networks: trained on this process's rows of each batch, their gradients averaged by DistributedDataParallel.
+        whole_batch: modules trained on whole batches by every process alike; their gradients are averaged here.
+        heads: like `whole_batch`, but replaced every epoch (`replace_heads`).
+    """
+
+    def __init__(
+        self,
+        settings: OptimSettings,
+        networks: Sequence[nn.Module],
+        whole_batch: Sequence[nn.Module] = (),
+        heads: Sequence[nn.Module] = (),
+    ) -> None:
+        self._settings = settings
+        self._networks, self._whole_batch, self._heads = networks, whole_batch, heads
+        self._optimizer = make_optimizer([*networks, *whole_batch], settings)
+        self.replace_heads(heads)
+
+    def replace_heads(self, heads: Sequence[nn.Module]) -> None:
+        """Trains other heads from now on, with fresh moments."""
+        groups = self._optimizer.param_groups
+        for parameter in chain.from_iterable(group["params"] for group in groups if group["of_heads"]):
+            self._optimizer.state.pop(parameter, None)
+        groups[:] = [group for group in groups if not group["of_heads"]]
+        for group in _parameter_groups(heads, self._settings, of_heads=True):
+            self._optimizer.add_param_group(group)
+            _start_momentum(self._optimizer, group["params"], self._settings)
+        self._heads = heads
+        self._before = self._copy_statistics()
+
+    def step(self, losses: Mapping[str, Tensor], factor: float) -> Tensor:
+        """Takes one step down the gradient of the sum of the losses.
+
+        Args:
+            losses: scalars.
+            factor: of the learning rate (`learning_rate_factor`).
+
+        Returns:
+            Scalar float32 on the device: 1 if the step was skipped, 0 if it was taken.
+        """
+        total = torch.stack(tuple(losses.values())).sum()
+        total.backward()
+        whole = chain.from_iterable(module.parameters() for module in (*self._whole_batch, *self._heads))
+        all_reduce_mean([p.grad for p in whole if p.grad is not None])
+        all_reduce_mean(self._statistics(self._networks))
+        skipped = self._is_not_finite(total)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        # torch.amp.GradScaler tells fused optimizers in this way to skip a step on the device. The scaler itself would
+        # also scale the loss, which bfloat16 and float32 do not need, and would not restore batch-norm statistics.
+        vars(self._optimizer).update(found_inf=skipped, grad_scale=None)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._restore_statistics(skipped)
+        return skipped
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the moments, as "parameter index.name". Settings and learning rates are functions of the recipe."""
+        state = self._optimizer.state_dict()["state"]
+        return {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Restores what `state_dict` returned.
+
+        Raises:
+            UserError: the moments belong to another optimizer or to parameters of other shapes.
+        """
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state_dict.items():
+            index, _, name = key.partition(".")
+            fits = index.isdigit() and int(index) < len(parameters) and name in self._moments()
+            if not fits or tensor.shape not in ((), parameters[int(index)].shape):
+                raise UserError(
+                    f"The saved training state of the optimizer does not fit: it holds '{key}' {list(tensor.shape)}, "
+                    f"but {self._settings.name} has {len(parameters)} parameters; resume with the recipe and the "
+                    "uda_reid version that the run began with, or start a new run."
+                )
+            # Fused kernels walk a parameter and its moments in the order of memory, so their strides must agree.
+            like = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(tensor) if tensor.ndim else tensor
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+    def _moments(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self._settings.name == "sgd" else ("step", "exp_avg", "exp_avg_sq")
+
+    def _is_not_finite(self, total: Tensor) -> Tensor:
+        parameters = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        return 1 - torch.isfinite(torch.stack([total.detach().float(), *(n.float() for n in norms)])).all().float()
+
+    @staticmethod
+    def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+        """Returns the floating-point buffers: running means and variances of batch norms."""
+        return [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+
+    def _copy_statistics(self) -> Tensor:
+        buffers = self._statistics((*self._networks, *self._whole_batch, *self._heads))
+        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
+
+    def _restore_statistics(self, skipped: Tensor) -> None:
+        """Puts back the statistics from before the forward pass if the step was skipped, and copies them for the next."""
+        buffers = self._statistics((*self._networks, *self._whole_batch, *self._heads))
+        if not buffers:
+            return
+        self._before = torch.where(skipped > 0, self._before, self._copy_statistics())
+        parts = self._before.split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+
+
+def make_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> torch.optim.Optimizer:
+    """Returns a fused optimizer over every trainable parameter of the modules, biases in a group of their own.
+
+    Each group keeps its full learning rate as `full_lr`.
+    """
+    groups = _parameter_groups(modules, settings, of_heads=False)
+    if settings.name == "sgd":
+        sgd = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True)
+        for group in groups:
+            _start_momentum(sgd, group["params"], settings)
+        return sgd
+    adam = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
+    return adam(groups, weight_decay=settings.weight_decay, fused=True)
+
+
+def _parameter_groups(modules: Iterable[nn.Module], settings: OptimSettings, *, of_heads: bool) -> list[dict[str, Any]]:
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    biases = [p for name, p in named if name.endswith("bias")]
+    others = [p for name, p in named if not name.endswith("bias")]
+    rate = settings.learning_rate
+    rates = ((others, rate), (biases, rate * settings.bias_factor))
+    return [{"params": p, "lr": lr, "full_lr": lr, "of_heads": of_heads} for p, lr in rates if p]
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], settings: OptimSettings) -> None:
+    """Sets SGD's momentum buffers to zero, from which the first step is the same as torch's.
+
+    torch creates them in the first step, and leaves them unwritten if that one is skipped.
+    """
+    if settings.name == "sgd" and settings.momentum:
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)

@@ -1,0 +1,108 @@
+"""What `adapt` asks of an adaptation strategy."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from uda_reid.clustering.pseudo_labels import PseudoLabels
+from uda_reid.engine.optimizer import Losses
+from uda_reid.models.part_fusion import PartReIDModel
+from uda_reid.models.reid_model import Classifiers, ReIDModel
+
+
+class Strategy(nn.Module):
+    """Interface of a strategy: `strategies/baseline.py` is the shortest one, `strategies/lf2.py` the reference.
+
+    `networks` and `encode` see this process's rows of a batch; `losses` sees whole batches. Everything in the state
+    dict is saved with the training and restored on resume.
+
+    Attributes:
+        levels: names of the clusterings; each level has its own pseudo-labels and its own batch.
+        loss_names: keys of the losses.
+        networks: what images pass through in training, called with (images [b, 3, H, W], camera indices [b], level ->
+            its rows among them); returns level -> a NamedTuple of tensors [b, ...]. Levels without clusters are absent.
+        heads: classifiers or memories over the clusters, made anew by `begin_epoch`; only `losses` applies them.
+    """
+
+    levels: tuple[str, ...]
+    loss_names: tuple[str, ...]
+    networks: nn.Module
+    heads: nn.ModuleDict
+
+    @staticmethod
+    def result_network(model: ReIDModel, settings: Any) -> ReIDModel | PartReIDModel:
+        """Returns a network like `result` around a model, for a checkpoint to fill.
+
+        Args:
+            settings: the strategy's own section.
+        """
+        raise NotImplementedError
+
+    @property
+    def result(self) -> ReIDModel | PartReIDModel:
+        """The network that the adaptation yields."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The modules inside `networks` that the optimizer changes."""
+        raise NotImplementedError
+
+    @property
+    def whole_batch(self) -> list[nn.Module]:
+        """Trained modules that only `losses` applies and that live as long as the run."""
+        return []
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The modules inside `networks` that see images, which torch.compile may compile."""
+        raise NotImplementedError
+
+    def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Re-estimates batch-norm statistics on the target, before the first epoch.
+
+        Args:
+            batches: images and camera indices, every image of the target once.
+        """
+        raise NotImplementedError
+
+    def encode(self, images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
+        """Returns a feature [b, D] for each level, to be clustered, and whatever else `begin_epoch` reads."""
+        raise NotImplementedError
+
+    def begin_epoch(self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
+        """Makes the heads for new pseudo-labels.
+
+        Args:
+            features: [n, D] L2-normalized, this process's rows of the target, by the names of `encode`.
+            labels: of all N target images, by level; one without clusters is skipped in this epoch.
+        """
+        raise NotImplementedError
+
+    def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Losses:
+        """Returns the weighted losses of a batch, by the names of `loss_names`.
+
+        Args:
+            outputs: level -> what `networks` returned, of the level's whole batch.
+            labels: level -> [P * K] int64.
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Updates what follows the training, such as a teacher; by default nothing does.
+
+        Args:
+            step: steps of the run before this one.
+        """
+
+    def resize_heads(self, stored: Mapping[str, Tensor]) -> None:
+        """Makes the heads of a saved epoch, whose values are loaded next.
+
+        Args:
+            stored: a state dict of this strategy.
+        """
+        names = {key.split(".")[1] for key in stored if key.startswith("heads.")}
+        device = next(self.parameters()).device
+        self.heads = nn.ModuleDict({name: Classifiers.like(stored, f"heads.{name}.") for name in sorted(names)})
+        self.heads.to(device)

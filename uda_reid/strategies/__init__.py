@@ -1,0 +1,24 @@
+"""The adaptation strategies, one file each."""
+
+from typing import Any
+
+from uda_reid.engine.strategy import Strategy
+from uda_reid.models.part_fusion import PartReIDModel
+from uda_reid.models.reid_model import ReIDModel
+from uda_reid.settings import AdaptSettings
+from uda_reid.strategies.baseline import Baseline
+from uda_reid.strategies.lf2 import LF2
+
+CLASSES: dict[str, type[Any]] = {"lf2": LF2, "baseline": Baseline}  # keys: settings.STRATEGIES
+
+
+def make_strategy(model: ReIDModel, settings: AdaptSettings) -> Strategy:
+    """Returns the strategy that `adapt.strategy` names, around a source model."""
+    strategy: Strategy = CLASSES[settings.strategy](model, settings.own)
+    return strategy
+
+
+def result_network(model: ReIDModel, settings: AdaptSettings) -> ReIDModel | PartReIDModel:
+    """Returns the network that the strategy yields, around the backbone of `model`; for a checkpoint to fill."""
+    network: ReIDModel | PartReIDModel = CLASSES[settings.strategy].result_network(model, settings.own)
+    return network

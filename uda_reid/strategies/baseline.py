@@ -1,0 +1,97 @@
+"""The strong baseline of the field: clusters of the global feature as labels, no teacher, no parts.
+
+Each epoch the global features are clustered; the loss of a P x K batch is
+
+    L = CE(global) + T(global)
+
+with CE label-smoothed (0.1) over a classifier that starts at the L2-normalized cluster centroids, and T the batch-hard
+soft-margin triplet. It is the pseudo-label training of Fan et al., "Unsupervised Person Re-identification: Clustering
+and Fine-tuning" (https://arxiv.org/abs/1705.10444), with the losses of Luo et al., "Bag of Tricks and a Strong Baseline
+for Deep Person Re-identification" (https://arxiv.org/abs/1903.07071).
+
+Differs from the papers: a backbone of several outputs is given CE and T on each of them, averaged.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
+from uda_reid.engine.features import fresh_statistics
+from uda_reid.engine.objectives import GlobalOutput, classification_loss, triplet_loss
+from uda_reid.engine.optimizer import Losses
+from uda_reid.engine.strategy import Strategy
+from uda_reid.models.reid_model import Classifiers, ReIDModel
+from uda_reid.settings import BaselineSettings
+
+GLOBAL = "global"
+
+
+class BaselineNetworks(nn.Module):
+    """The model, called on a batch whose images all belong to the global level."""
+
+    def __init__(self, model: ReIDModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, camera_indices: Tensor, rows: Mapping[str, slice]) -> dict[str, GlobalOutput]:
+        output = self.model(images, camera_indices)
+        return dict.fromkeys(rows, GlobalOutput(output.embeddings, output.bn_embeddings, None))
+
+
+class Baseline(Strategy):
+    """See the module.
+
+    Args:
+        model: the source model, adapted in place.
+    """
+
+    levels = (GLOBAL,)
+    loss_names = ("cross_entropy", "triplet_global")
+
+    def __init__(self, model: ReIDModel, settings: BaselineSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.networks = BaselineNetworks(model)
+        self.heads = nn.ModuleDict()
+
+    @staticmethod
+    def result_network(model: ReIDModel, settings: BaselineSettings) -> ReIDModel:
+        return model
+
+    @property
+    def result(self) -> ReIDModel:
+        return self.networks.model
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        return [self.result]
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return [self.result]
+
+    def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        with fresh_statistics(self.result):
+            for images, camera_indices in batches:
+                self.result(images, camera_indices)
+
+    def encode(self, images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
+        output = self.result(images, camera_indices)
+        return {GLOBAL: self.result.retrieval_feature(output), "bn_embedding": torch.cat(output.bn_embeddings, dim=1)}
+
+    def begin_epoch(self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
+        self.heads = nn.ModuleDict()
+        if labels[GLOBAL].has_clusters:
+            weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
+            self.heads["classifiers"] = Classifiers.from_centroids(weights, self.result.output_widths)
+
+    def losses(self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor]) -> Losses:
+        output, targets, count = outputs[GLOBAL], labels[GLOBAL], len(outputs[GLOBAL].embeddings)
+        smoothing = self.settings.label_smoothing
+        return {
+            "cross_entropy": classification_loss(output.bn_embeddings, self.heads["classifiers"], targets, smoothing)
+            / count,
+            "triplet_global": triplet_loss(output.embeddings, targets) / count,
+        }

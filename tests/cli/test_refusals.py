@@ -1,4 +1,4 @@
-"""Bad input gets one sentence and exit code 2, and nothing computed before is touched."""
+"""Bad input ends with one sentence and exit code 2, and leaves earlier results alone."""
 
 import shutil
 from pathlib import Path
@@ -44,6 +44,13 @@ def test_a_corrupt_image_is_named(invoke: Invoke, tiny_root: Path) -> None:
 
 def test_a_recipe_typo_names_the_nearest_key(invoke: Invoke) -> None:
     assert "pretrain.epochs" in refused(invoke("pretrain", "--source", "plaza", "--set", "pretrain.epoch=3"))
+
+
+def test_a_setting_of_another_strategy(invoke: Invoke, pretrained: Path) -> None:
+    arguments = ("adapt", "--target", "station", "--init", pretrained, "--set", "adapt.lf2.parts=3")
+    sentence = refused(invoke(*arguments, "--strategy", "baseline"))
+    assert "adapt.lf2.parts is a setting of the strategy 'lf2', but this recipe's strategy is 'baseline'" in sentence
+    assert "'magic' is not one of 'lf2', 'baseline'" in invoke(*arguments, "--strategy", "magic").stderr
 
 
 def test_an_unknown_recipe_lists_the_known(invoke: Invoke) -> None:

@@ -38,7 +38,7 @@ def test_labels_and_summary(features: Path, tmp_path: Path) -> None:
     result = call(features, tmp_path / "labels.npy", "--k1", "12")
     assert result.exit_code == 0
     labels = np.load(tmp_path / "labels.npy")
-    expected = pseudo_labels(torch.from_numpy(people()), ClusterSettings(k1=12), device="cpu", seed=0)
+    expected = pseudo_labels(torch.from_numpy(people()), ClusterSettings(k1=12), seed=0)
     assert labels.dtype == np.int64
     np.testing.assert_array_equal(labels, expected.labels.numpy())
     summary = json.loads(result.stdout.splitlines()[-1])
@@ -62,7 +62,7 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
     assert labels.shape == (108, 3)
     assert summary["settings"]["eps"] == [0.3, 0.6, 0.45]
     for column, eps in enumerate((0.3, 0.6, 0.45)):
-        found = pseudo_labels(torch.from_numpy(people()), ClusterSettings(k1=12, eps=eps), device="cpu", seed=0)
+        found = pseudo_labels(torch.from_numpy(people()), ClusterSettings(k1=12, eps=eps), seed=0)
         np.testing.assert_array_equal(labels[:, column], found.labels.numpy())
         assert summary["edges"][column] == found.edges
         assert summary["clusters"][column] == found.clusters

@@ -11,7 +11,7 @@ import pytest
 
 from uda_reid.errors import UserError
 from uda_reid.recipe import (
-    Recipe,
+    dump_keys,
     dump_recipe,
     load_recipe,
     override_recipe,
@@ -19,10 +19,11 @@ from uda_reid.recipe import (
     recipe_folder,
     shipped_recipes,
 )
+from uda_reid.settings import STRATEGIES, Recipe
 
 
 def leaves(recipe: Any, prefix: str = "") -> dict[str, Any]:
-    """Every value of a recipe by its dotted key."""
+    """Returns every value of a recipe by its dotted key."""
     found = {}
     for field in dataclasses.fields(recipe):
         value = getattr(recipe, field.name)
@@ -33,16 +34,20 @@ def leaves(recipe: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-# Another valid value than the default where a key does not take any number or word.
+# A valid value other than the default, for keys that do not accept any number or word.
 CHOICES: dict[str, Any] = {
     "model.backbone": "vit",
     "model.descriptor": ("cnn", "transformer"),
     "model.fusion.layers": 3,
     "model.fusion.width": 96,
     "model.fusion.heads": 8,
+    "model.neck_feature": "after",
+    "model.cnn.pooling": "avg",
+    "model.sam_ibn.pooling": "avg+max",
+    "adapt.strategy": "baseline",
     "images.mean": (0.1, 0.2, 0.3),
     "images.std": (1.0, 2.0, 3e-7),
-    "adapt.teacher_momentum": 0.5,
+    "adapt.lf2.teacher_momentum": 0.5,
     "adapt.cluster.method": "kmeans",
     "adapt.cluster.backend": "torch",
     "adapt.cluster.eps": 0.45,
@@ -84,6 +89,12 @@ def with_value(recipe: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(recipe, **{path[0]: with_value(getattr(recipe, path[0]), path[1:], value)})
 
 
+def strategy_of(key: str) -> str:
+    """Returns the strategy whose section holds the key, else the default."""
+    section = key.removeprefix("adapt.").split(".")[0]
+    return section if section in STRATEGIES else Recipe().adapt.strategy
+
+
 def assert_sentence(error: BaseException, *words: object) -> None:
     text = str(error)
     assert "\n" not in text
@@ -110,20 +121,38 @@ def test_an_empty_recipe_is_the_defaults_and_reads_back() -> None:
 @pytest.mark.parametrize("key", sorted(leaves(Recipe())))
 def test_every_key_reads_back_what_was_written(key: str) -> None:
     default = leaves(Recipe())[key]
-    changed = with_value(Recipe(), key.split("."), other_value(key, default))
-    assert changed != Recipe()
+    base = with_value(Recipe(), ["adapt", "strategy"], strategy_of(key))
+    changed = with_value(base, key.split("."), other_value(key, default))
+    assert changed != base
     again = parse_recipe(dump_recipe(changed))
     assert again == changed
     assert type(leaves(again)[key]) is type(leaves(changed)[key])
 
 
-def test_the_dump_states_every_key() -> None:
-    table = tomllib.loads(dump_recipe(Recipe()))
+def has_key(table: Any, key: str) -> bool:
+    for part in key.split("."):
+        if part not in table:
+            return False
+        table = table[part]
+    return True
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_dump_states_every_key_but_those_of_other_strategies(strategy: str) -> None:
+    recipe = parse_recipe(f'[adapt]\nstrategy = "{strategy}"')
+    table = tomllib.loads(dump_recipe(recipe))
     for key in leaves(Recipe()):
-        place: Any = table
-        for part in key.split("."):
-            assert part in place, f"{key} is not written out"
-            place = place[part]
+        assert has_key(table, key) == (strategy_of(key) == strategy or not is_of_a_strategy(key)), key
+
+
+def is_of_a_strategy(key: str) -> bool:
+    return key.startswith(tuple(f"adapt.{strategy}." for strategy in STRATEGIES))
+
+
+def test_the_list_of_keys_states_every_key_with_its_default() -> None:
+    table = tomllib.loads(dump_keys())
+    assert all(has_key(table, key) for key in leaves(Recipe()))
+    assert table["adapt"]["lf2"]["parts"] == Recipe().adapt.lf2.parts
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
@@ -150,7 +179,7 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("adapt.epochs=20", 20),
-        ("adapt.part_weight=1", 1.0),
+        ("adapt.lf2.part_weight=1", 1.0),
         ("adapt.cluster.eps=5e-1", 0.5),
         ("adapt.refresh_statistics=false", False),
         ("model.cnn.name=resnet18", "resnet18"),
@@ -195,7 +224,57 @@ def test_nothing_can_be_set_inside_a_value() -> None:
     assert_sentence(refused("[adapt]\nepochs = 3", "adapt.epochs.more=3"), "'epochs' is a value", "adapt.epochs.more")
 
 
-def test_an_override_cannot_smuggle_in_other_keys() -> None:
+# --- strategies ---------------------------------------------------------------------------------------------------
+
+LF2_RECIPE = "[adapt]\nepochs = 3\n[adapt.lf2]\nparts = 3\n"
+
+
+def test_each_strategy_has_its_own_section() -> None:
+    assert parse_recipe(LF2_RECIPE).adapt.lf2.parts == 3
+    text = '[adapt]\nstrategy = "baseline"\n[adapt.baseline]\nlabel_smoothing = 0.2\n'
+    recipe = parse_recipe(text)
+    assert (recipe.adapt.strategy, recipe.adapt.baseline.label_smoothing) == ("baseline", 0.2)
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "override"),
+    [
+        ('[adapt]\nstrategy = "baseline"\n[adapt.lf2]\nparts = 3', "adapt.epochs=3"),
+        ('[adapt]\nstrategy = "baseline"', "adapt.lf2.parts=3"),
+        ("[adapt.lf2]\nparts = 3", "adapt.strategy=baseline"),
+    ],
+)
+def test_a_key_of_another_strategy_is_refused(text: str, override: str) -> None:
+    error = refused(text, override)
+    assert_sentence(error, "adapt.lf2.parts is a setting of the strategy 'lf2'", "is 'baseline'", "--strategy lf2")
+
+
+def test_a_given_strategy_replaces_that_of_the_file_with_its_section() -> None:
+    recipe = parse_recipe(LF2_RECIPE, ["adapt.baseline.label_smoothing=0"], strategy="baseline")
+    assert (recipe.adapt.strategy, recipe.adapt.epochs, recipe.adapt.baseline.label_smoothing) == ("baseline", 3, 0)
+    assert recipe.adapt.lf2 == Recipe().adapt.lf2
+    assert parse_recipe(LF2_RECIPE, strategy="lf2") == parse_recipe(LF2_RECIPE)
+
+
+def test_a_given_strategy_refuses_settings_of_another() -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe("demo", ["adapt.lf2.parts=3"], strategy="baseline")
+    assert_sentence(error.value, "adapt.lf2.parts", "'lf2'", "'baseline'")
+    with pytest.raises(UserError) as error:
+        load_recipe("demo", ["adapt.strategy=lf2"], strategy="baseline")
+    assert_sentence(error.value, "--strategy baseline", "adapt.strategy=lf2", "contradict")
+
+
+@pytest.mark.parametrize("key", [key for key in leaves(Recipe()) if key.startswith("adapt.lf2.")])
+def test_a_setting_of_a_strategy_outside_its_section_is_pointed_there(key: str) -> None:
+    error = refused("", f"{key.replace('.lf2', '')}=1")
+    suggested = re.search(r"did you mean '([^']*)'", str(error))
+    assert suggested is not None
+    assert key.startswith(suggested[1])
+
+
+def test_an_override_sets_one_key_only() -> None:
     recipe = parse_recipe("", ["adapt.epochs=3\nsteps = 9"])
     assert recipe.adapt.steps == Recipe().adapt.steps
 
@@ -239,24 +318,24 @@ def test_a_key_like_none_is_refused_without_a_guess() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("adapt.epochs=2.5", "int"),
-        ("adapt.epochs=many", "int"),
-        ("adapt.epochs=true", "int"),
-        ("adapt.epochs=", "int"),
-        ("adapt.part_weight=true", "float"),
-        ("adapt.part_weight='x'", "float"),
-        ("adapt.mirror=1", "bool"),
-        ("adapt.mirror=yes", "bool"),
-        ("model.cnn.name=3", "str"),
-        ("model.descriptor=cnn", "a list"),
-        ("model.descriptor=[1]", "str"),
-        ("images.mean=[1, 2, 'x']", "float"),
-        ("model.cnn.options=3", "dict"),
-        ("adapt.epochs=[1]", "int"),
+        ("adapt.epochs=2.5", "int, got float"),
+        ("adapt.epochs=many", "int, got str"),
+        ("adapt.epochs=true", "int, got bool"),
+        ("adapt.epochs=", "int, got str"),
+        ("adapt.lf2.part_weight=true", "float, got bool"),
+        ("adapt.lf2.part_weight='x'", "float, got str"),
+        ("adapt.mirror=1", "bool, got int"),
+        ("adapt.mirror=yes", "bool, got str"),
+        ("model.cnn.name=3", "str, got int"),
+        ("model.descriptor=cnn", "a list, got str"),
+        ("model.descriptor=[1]", "str, got int at [0]"),
+        ("images.mean=[1, 2, 'x']", "float, got str at [2]"),
+        ("model.cnn.options=3", "a table, got int"),
+        ("adapt.epochs=[1]", "int, got a list"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override: str, expected: str) -> None:
-    assert_sentence(refused("", override), f"'{override.partition('=')[0]}' expects {expected}")
+    assert_sentence(refused("", override), f"'{override.partition('=')[0]}' cannot be", f"expected {expected}.")
 
 
 @pytest.mark.parametrize("override", ["adapt=3", "adapt.cluster=dbscan", "model.cnn=[1]"])
@@ -272,22 +351,24 @@ def test_a_value_takes_no_section() -> None:
     ("override", "named"),
     [
         ("model.backbone=cnn2", "model.backbone"),
-        ("model.fusion.layers=0", "model.fusion.layers"),
+        ("model.fusion.layers=7", "model.fusion.layers"),
         ("model.fusion.heads=7", "model.fusion.heads"),
         ("adapt.instances=1", "adapt.instances"),
         ("pretrain.identities=1", "pretrain.identities"),
         ("adapt.epochs=0", "adapt.epochs"),
-        ("adapt.teacher_momentum=1.0", "adapt.teacher_momentum"),
+        ("adapt.lf2.teacher_momentum=1.0", "adapt.lf2.teacher_momentum"),
+        ("adapt.lf2.cross_instance.intra=-1", "adapt.lf2.cross_instance"),
+        ("adapt.strategy=magic", "adapt.strategy"),
         ("images.height=0", "images.height"),
-        ("adapt.optim.name=lion", "optim.name"),
-        ("adapt.optim.schedule=step", "optim.schedule"),
-        ("adapt.optim.learning_rate=0", "optim.learning_rate"),
-        ("adapt.augment.flip=2", "augment.flip"),
+        ("adapt.optim.name=lion", "[adapt.optim]: optim.name"),
+        ("adapt.optim.schedule=step", "[adapt.optim]: optim.schedule"),
+        ("pretrain.optim.learning_rate=0", "[pretrain.optim]: optim.learning_rate"),
+        ("adapt.augment.flip=2", "[adapt.augment]: augment.flip"),
         ("adapt.cluster.eps=2", "adapt.cluster"),
         ("adapt.cluster.method=hdbscan", "adapt.cluster"),
     ],
 )
-def test_a_value_that_cannot_be_is_refused(override: str, named: str) -> None:
+def test_a_value_out_of_range_is_refused(override: str, named: str) -> None:
     assert_sentence(refused("", override), named)
 
 

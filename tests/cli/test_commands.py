@@ -1,4 +1,4 @@
-"""Each command from start to end on a tiny domain, and what it leaves behind."""
+"""Each command from start to end on a tiny domain, and the files it writes."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from tests.cli.conftest import Invoke, settings, summary
 from uda_reid.engine.checkpoint import read_checkpoint
 from uda_reid.recipe import parse_recipe
+from uda_reid.synthetic import DOMAINS
 
 METRICS = {"mAP", "rank1", "rank5", "rank10", "mINP"}
 ALWAYS = {"seed", "device", "version", "seconds"}
@@ -21,7 +22,7 @@ def test_pretrain_leaves_recipe_metrics_summary_and_checkpoint(pretrained: Path)
     assert recipe.images.height == 32  # as resolved, not as shipped
     rows = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert read_checkpoint(pretrained / "checkpoint.safetensors").facts["kind"] == "pretrain"
+    assert read_checkpoint(pretrained / "checkpoint.safetensors").metadata["kind"] == "pretrain"
 
 
 def test_adapt_takes_the_newest_pretraining_and_says_so(invoke: Invoke) -> None:
@@ -33,7 +34,7 @@ def test_adapt_takes_the_newest_pretraining_and_says_so(invoke: Invoke) -> None:
     runs = sorted(Path("runs").iterdir(), key=lambda folder: (folder / "summary.json").stat().st_mtime_ns)
     assert f"Starting from {runs[-1]}/checkpoint.safetensors (the newest pre-training run)" in adapted.output
     content = summary(Path("adapted"))
-    assert content.keys() >= ALWAYS | {"before", "after", "epochs", "sat_out"}
+    assert content.keys() >= ALWAYS | {"before", "after", "epochs", "skipped_levels"}
     assert content["before"].keys() == content["after"].keys() == METRICS
     for epoch in content["epochs"]:
         assert epoch["clusters"].keys() == epoch["outliers"].keys() == {"global", "upper", "lower"}
@@ -60,13 +61,32 @@ def test_evaluate_repeats_what_adapt_measured(precision: str, invoke: Invoke, pr
     assert {key: measured[key] for key in METRICS} == summary(Path("a"))["after"]
 
 
+def test_a_strategy_given_by_name_replaces_that_of_the_recipe(invoke: Invoke, pretrained: Path) -> None:
+    start = ("adapt", "--target", "station", "--init", pretrained, *settings("adapt"))
+    result = invoke(*start, "--strategy", "baseline", "--out", "a")
+    assert result.exit_code == 0, result.output
+    assert "--strategy baseline replaces its strategy, so its section [adapt.lf2] is left out" in result.output
+    assert parse_recipe(Path("a/recipe.toml").read_text()).adapt.strategy == "baseline"
+    assert json.loads(Path("a/command.json").read_text())["strategy"] == "baseline"
+    assert invoke("evaluate", "--target", "station", "--checkpoint", "a", "--out", "b").exit_code == 0
+    measured = summary(Path("b"))
+    assert {key: measured[key] for key in METRICS} == summary(Path("a"))["after"]
+
+
+def test_an_adapted_run_stores_the_model_of_its_checkpoint(invoke: Invoke, pretrained: Path) -> None:
+    arguments = ("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt"))
+    assert invoke(*arguments).exit_code == 0
+    stored, source = (parse_recipe((run / "recipe.toml").read_text()) for run in (Path("a"), pretrained))
+    assert (stored.model, stored.images, stored.pretrain) == (source.model, source.images, source.pretrain)
+
+
 def test_reranking_changes_the_ranking(invoke: Invoke, pretrained: Path) -> None:
     for out, flags in (("plain", []), ("reranked", ["--rerank"])):
         assert invoke("evaluate", "--target", "plaza", "--checkpoint", pretrained, "--out", out, *flags).exit_code == 0
     assert summary(Path("plain"))["mAP"] != summary(Path("reranked"))["mAP"]
 
 
-def test_demo_goes_the_whole_way(invoke: Invoke) -> None:
+def test_demo_pretrains_and_adapts(invoke: Invoke) -> None:
     result = invoke("demo", "--out", "out", *settings())
     assert result.exit_code == 0, result.output
     content = summary(Path("out"))
@@ -85,7 +105,7 @@ def test_synth_writes_a_folder_that_can_be_a_source(invoke: Invoke) -> None:
 
 def test_recipes_lists_every_recipe_and_prints_one(invoke: Invoke) -> None:
     listed = invoke("recipes")
-    assert all(name in listed.output for name in ("demo", "small", "fusionreid", "lf2"))
+    assert all(name in listed.output for name in ("demo", "small", "fusionreid", "lf2", "baseline"))
     assert parse_recipe(invoke("recipes", "demo").output).images.height == 64
 
 
@@ -95,15 +115,13 @@ def test_no_terminal_gets_plain_lines(invoke: Invoke, pretrained: Path) -> None:
     assert not set(output) & set("┃━│─\x1b")
 
 
-@pytest.mark.parametrize("command", ["demo", "pretrain", "adapt", "evaluate", "synth", "recipes"])
-def test_every_command_explains_itself(invoke: Invoke, command: str) -> None:
-    result = invoke(command, "--help")
-    assert result.exit_code == 0
-    assert "Usage:" in result.output
+def test_help_names_every_embedded_domain(invoke: Invoke) -> None:
+    for arguments in (("--help",), ("synth", "--help")):
+        assert all(name in invoke(*arguments).output for name in DOMAINS)
 
 
 def without_seconds(content: object) -> object:
-    """A summary without what differs from run to run on the same machine."""
+    """Returns a summary without the times, which differ from run to run."""
     if isinstance(content, dict):
         return {key: without_seconds(value) for key, value in content.items() if key != "seconds"}
     if isinstance(content, list):

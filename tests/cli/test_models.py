@@ -1,16 +1,15 @@
-"""`models`: what it counts, against counts made on paper."""
+"""`models`: its counts against counts made on paper."""
 
 import json
 import re
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from tests.cli.conftest import Invoke, settings
+from tests.cli.conftest import Invoke, run_cli, settings
 from tests.models.test_fusion_reid_parameters import lru, mfu, resnet50, seu, vit_base
-from uda_reid.cli import main
-from uda_reid.recipe import BACKBONES, load_recipe
+from uda_reid.recipe import load_recipe
+from uda_reid.settings import BACKBONES
 
 KEYS = {"name", "parameters", "gflops", "descriptor", "grid", "parts"}
 FUSION_PARTS = {"cnn", "transformer", "lru_cnn", "lru_transformer", "gem", "htm", "necks"}
@@ -26,7 +25,7 @@ SMALL_VIT = (
 
 
 def rows(*arguments: str) -> list[dict[str, Any]]:
-    result = CliRunner().invoke(main, ["models", "--json", *arguments], catch_exceptions=False)
+    result = run_cli("models", "--json", *arguments)
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert isinstance(content, list)

@@ -1,4 +1,4 @@
-"""Bad input gets one sentence and exit code 2, and nothing computed before is touched."""
+"""Bad input ends with one sentence and exit code 2, and leaves earlier results alone."""
 
 import shutil
 from pathlib import Path
@@ -46,6 +46,13 @@ def test_a_recipe_typo_names_the_nearest_key(invoke: Invoke) -> None:
     assert "pretrain.epochs" in refused(invoke("pretrain", "--source", "plaza", "--set", "pretrain.epoch=3"))
 
 
+def test_a_setting_of_another_strategy(invoke: Invoke, pretrained: Path) -> None:
+    arguments = ("adapt", "--target", "station", "--init", pretrained, "--set", "adapt.lf2.parts=3")
+    sentence = refused(invoke(*arguments, "--strategy", "baseline"))
+    assert "adapt.lf2.parts is a setting of the strategy 'lf2', but this recipe's strategy is 'baseline'" in sentence
+    assert "'magic' is not one of 'lf2', 'baseline'" in invoke(*arguments, "--strategy", "magic").stderr
+
+
 def test_an_unknown_recipe_lists_the_known(invoke: Invoke) -> None:
     sentence = refused(invoke("pretrain", "--source", "plaza", "--recipe", "fusionried"))
     assert "fusionreid" in sentence
@@ -53,12 +60,14 @@ def test_an_unknown_recipe_lists_the_known(invoke: Invoke) -> None:
 
 def test_a_checkpoint_of_another_architecture(invoke: Invoke, pretrained: Path) -> None:
     result = invoke("adapt", "--target", "station", "--init", pretrained, "--set", "model.fusion.layers=3")
-    assert "another architecture" in refused(result)
+    assert "use the recipe it was trained with" in refused(result)
 
 
 def test_a_file_that_is_no_checkpoint(invoke: Invoke) -> None:
     save_file({"weight": torch.zeros(3)}, "other.safetensors")
-    assert "not written by uda_reid" in refused(invoke("adapt", "--target", "station", "--init", "other.safetensors"))
+    assert "was not written by this version of uda_reid" in refused(
+        invoke("adapt", "--target", "station", "--init", "other.safetensors")
+    )
 
 
 def test_an_adapted_model_is_no_start_for_adapt(invoke: Invoke, pretrained: Path) -> None:
@@ -84,7 +93,7 @@ def test_a_device_that_is_not_here(invoke: Invoke, device: str) -> None:
 
 def test_evaluating_without_a_labelled_test_split(invoke: Invoke, tiny_root: Path, pretrained: Path) -> None:
     shutil.copytree(tiny_root / "synthetic" / "plaza" / "bounding_box_train", "bare/bounding_box_train")
-    assert "no labelled test split" in refused(invoke("evaluate", "--target", "bare", "--checkpoint", pretrained))
+    assert "needs a labelled test split" in refused(invoke("evaluate", "--target", "bare", "--checkpoint", pretrained))
 
 
 def test_a_refused_run_leaves_no_folder(invoke: Invoke, pretrained: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs that are killed and gone on with end as if nothing had happened."""
+"""Runs that are killed and resumed end with the same result as uninterrupted ones."""
 
 import json
 import multiprocessing
@@ -16,28 +16,28 @@ from safetensors.torch import load_file
 
 from tests.cli.conftest import Invoke, refused, settings, summary
 from uda_reid.cli import main
-from uda_reid.engine.progress import Progress
-from uda_reid.engine.run_state import RunStates
+from uda_reid.engine.state import TrainState
+from uda_reid.engine.state_files import StateFiles
 from uda_reid.errors import UserError
 from uda_reid.report.run_log import RunLog
 
 KILLS = 10
-# One long epoch and one after it, saved after every step, so that a kill can strike within an epoch and between two.
+# Two epochs, saved after every step, so that a kill can strike within an epoch and between the two.
 OFTEN = ["--set", "training.checkpoint_minutes=0"]
 DEMO = [*settings(), *OFTEN, "--set", "pretrain.steps=30", "--set", "adapt.steps=12", "--device", "cpu"]
 
 
 def command_line(arguments: list[str]) -> None:
-    """Runs in a process of its own, with one thread as the test itself."""
+    """Runs a command in a process of its own, with one thread like the test itself."""
     torch.set_num_threads(1)
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     os._exit(result.exit_code)
 
 
 def killed(arguments: list[str], seconds: float) -> bool:
-    """Starts a command and kills it after some time; False where it finished before."""
+    """Starts a command and kills it after some time; returns False if it finished before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["uda_reid.build", "tests.cli.test_resume"])
+    context.set_forkserver_preload(["uda_reid.runs", "tests.cli.test_resume"])
     process = context.Process(target=command_line, args=(arguments,))
     process.start()
     assert process.pid is not None
@@ -69,16 +69,16 @@ def without_seconds(value: object) -> object:
 
 def test_a_demo_killed_at_ten_random_moments_ends_with_the_same_weights(tiny_root: Path, tmp_path: Path) -> None:
     expected = tmp_path / "whole"
-    place = ["demo", "--data-root", str(tiny_root)]
+    demo = ["demo", "--data-root", str(tiny_root)]
     began = time.perf_counter()
-    assert not killed([*place, "--out", str(expected), *DEMO], 600)
+    assert not killed([*demo, "--out", str(expected), *DEMO], 600)
     length = time.perf_counter() - began
     moments, kills, within, run = random.Random(0), 0, set(), tmp_path / "run"
     while kills < KILLS:
         begun = (run / "command.json").exists()
         run = run if begun else tmp_path / f"run{kills}"
-        arguments = ["demo", "--resume", str(run)] if begun else [*place, "--out", str(run), *DEMO]
-        # A share of the whole length, so that one run is killed several times, and anywhere.
+        arguments = ["demo", "--resume", str(run)] if begun else [*demo, "--out", str(run), *DEMO]
+        # A fraction of the whole duration, so that one run is killed several times and at any stage.
         if killed(arguments, length * moments.uniform(0.1, 0.4)):
             kills += 1
             within |= {path.parent.name for path in run.glob("*/state-*.safetensors")}
@@ -87,7 +87,7 @@ def test_a_demo_killed_at_ten_random_moments_ends_with_the_same_weights(tiny_roo
             run = tmp_path / "another"
     assert not killed(["demo", "--resume", str(run)], 600)
     assert_same_result(run, expected)
-    assert within == {"pretrain", "adapt"}, "kills fell in both halves, with states to go on from"
+    assert within == {"pretrain", "adapt"}, "kills fell in both halves, with states to resume from"
 
 
 def test_a_finished_run_has_nothing_to_resume(pretrained: Path, invoke: Invoke) -> None:
@@ -98,14 +98,14 @@ def test_a_finished_run_has_nothing_to_resume(pretrained: Path, invoke: Invoke) 
     assert {path: path.read_bytes() for path in pretrained.iterdir()} == before
 
 
-def test_resume_refuses_what_it_cannot_go_on_with(pretrained: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_resume_refuses_other_folders_and_options(pretrained: Path, tmp_path: Path, invoke: Invoke) -> None:
     text = refused(invoke("adapt", "--resume", pretrained))
-    assert f"is a run of pretrain; resume it by `cli.py pretrain --resume {pretrained}`" in text
-    assert "is no run that can be resumed" in refused(invoke("adapt", "--resume", tmp_path / "nothing"))
-    text = refused(invoke("pretrain", "--resume", pretrained, "--seed", "3", "--source", "plaza"))
-    assert "takes no other option than --device" in text
-    assert "--seed" in text
-    assert "--source" in text
+    assert f"is a run of pretrain; resume it with `cli.py pretrain --resume {pretrained}`" in text
+    assert "is not a run that can be resumed" in refused(invoke("adapt", "--resume", tmp_path / "nothing"))
+    extra = ("--seed", "3", "--source", "plaza", "--set", "pretrain.epochs=3", "--recipe", "demo")
+    text = refused(invoke("pretrain", "--resume", pretrained, *extra))
+    assert "no other option than --device" in text
+    assert "got --source, --recipe, --set, --seed;" in text
 
 
 def test_a_command_without_data_says_which_options_it_needs(invoke: Invoke) -> None:
@@ -117,8 +117,8 @@ def test_a_command_without_data_says_which_options_it_needs(invoke: Invoke) -> N
 
 def test_a_run_that_is_being_written_is_not_written_twice(tmp_path: Path) -> None:
     first = RunLog(tmp_path / "run")
-    with pytest.raises(UserError, match="is being written by another process"):
-        RunLog(tmp_path / "run", goes_on=True)
+    with pytest.raises(UserError, match="is locked by another process"):
+        RunLog(tmp_path / "run", resumed=True)
     assert first.folder.is_dir()
 
 
@@ -129,10 +129,9 @@ def test_other_images_than_the_run_began_with_are_refused(tiny_root: Path, tmp_p
     short = [*OFTEN, "--set", "pretrain.steps=2", "--device", "cpu"]
     arguments = ["pretrain", "--source", folder, "--recipe", "demo", "--out", run, *settings(), *short]
     assert invoke(*arguments).exit_code == 0
-    states = RunStates(run, lambda text: None)
-    progress = Progress(states)
-    progress.check_images([path.name for path in sorted((folder / "bounding_box_train").iterdir())])
-    progress.save_epoch(1, {}, dict)
+    state = TrainState(StateFiles(run, lambda text: None))
+    state.check_images([path.name for path in sorted((folder / "bounding_box_train").iterdir())])
+    assert list(state.epochs(1)) == [0]  # a state is saved after the epoch
     (run / "summary.json").unlink()
     next((folder / "bounding_box_train").iterdir()).unlink()
-    assert "restore the data set, or begin a new run" in refused(invoke("pretrain", "--resume", run))
+    assert "restore the data set, or start a new run" in refused(invoke("pretrain", "--resume", run))

@@ -1,4 +1,4 @@
-"""uda-reid score: metrics of a file of features, and what is refused."""
+"""`score`: metrics of a file of features, and what is refused."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
-from uda_reid.cli.score import score
-from uda_reid.errors import UserError
+from tests.cli.conftest import refused, run_cli
 from uda_reid.retrieval.ranking import evaluate_ranking
 from uda_reid.retrieval.reranking import rerank
 
@@ -27,7 +26,7 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def call(path: Path, *options: str) -> Result:
-    return CliRunner().invoke(score, [str(path), "--device", "cpu", *options], catch_exceptions=False)
+    return run_cli("score", path, "--device", "cpu", *options)
 
 
 def test_metrics_are_those_of_the_protocol(tmp_path: Path) -> None:
@@ -60,27 +59,23 @@ def test_summary_to_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"gallery_person_ids": None}, "but lacks gallery_person_ids"),
+        ({"gallery_person_ids": None}, "but it lacks gallery_person_ids"),
         ({"query_features": np.zeros((40, 10))}, "query_features must be float32"),
-        ({"query_features": np.ones((40, 9), np.float32)}, "must have as many columns, got 9 and 10"),
-        ({"query_camera_ids": np.zeros(39, np.int64)}, r"query_camera_ids must be whole numbers \[40\]"),
-        ({"query_person_ids": np.zeros(40, np.float32)}, "query_person_ids must be whole numbers"),
+        ({"query_features": np.ones((40, 9), np.float32)}, "must have the same number of columns, got 9 and 10"),
+        ({"query_camera_ids": np.zeros(39, np.int64)}, "query_camera_ids must be integers [40]"),
+        ({"query_person_ids": np.zeros(40, np.float32)}, "query_person_ids must be integers"),
         ({"gallery_camera_ids": np.array([None] * 160)}, "cannot be read as one"),
     ],
 )
 def test_refuses_other_arrays(change: dict[str, np.ndarray | None], words: str, tmp_path: Path) -> None:
     changed = {name: array for name, array in (arrays() | change).items() if array is not None}
     np.savez(tmp_path / "features.npz", **changed)
-    with pytest.raises(UserError, match=words):
-        call(tmp_path / "features.npz")
+    assert words in refused(call(tmp_path / "features.npz"))
 
 
 def test_refuses_other_files(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="but there is none"):
-        call(tmp_path / "features.npz")
+    assert "but there is none" in refused(call(tmp_path / "features.npz"))
     np.save(tmp_path / "features.npy", np.ones((3, 4), np.float32))
-    with pytest.raises(UserError, match=r"must be an \.npz file"):
-        call(tmp_path / "features.npy")
+    assert "must be a .npz file" in refused(call(tmp_path / "features.npy"))
     (tmp_path / "text.npz").write_text("no numbers")
-    with pytest.raises(UserError, match=r"must be an \.npz file"):
-        call(tmp_path / "text.npz")
+    assert "must be a .npz file" in refused(call(tmp_path / "text.npz"))

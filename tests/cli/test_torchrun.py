@@ -33,7 +33,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("group", [0, 8])
 def test_two_processes_do_what_one_does(group: int, tiny_root: Path, tmp_path: Path, invoke: Invoke) -> None:
-    """Up to rounding: sums of halves are rounded in another order, and Adam makes the most of small differences."""
+    """Equal up to rounding: sums of halves are rounded in another order, and Adam amplifies small differences."""
     few = ["--set", "pretrain.steps=3", "--set", f"training.batch_norm_group={group}", "--device", "cpu"]
     arguments = ["demo", "--data-root", tiny_root, *settings(), *few, "--out"]
     assert invoke(*arguments, tmp_path / "one").exit_code == 0

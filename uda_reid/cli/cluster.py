@@ -61,7 +61,7 @@ def cluster(
     from uda_reid.cli.feature_files import check_output, load_features, write_summary
     from uda_reid.cli.processes import join_processes
     from uda_reid.clustering.dbscan import OUTLIER, dbscan
-    from uda_reid.clustering.pseudo_labels import Clock, build_graph, build_sharded_graph
+    from uda_reid.clustering.stages import StageTimer, build_graph
 
     values = _parse_eps(eps)
     settings = ClusterSettings(k1=k1, k2=k2, eps=max(values), min_samples=min_samples, backend=backend)
@@ -73,22 +73,19 @@ def cluster(
     if len(rows) < processes:
         raise UserError(f"{processes} processes need at least as many features, got {len(rows)}; start fewer.")
 
-    clock = Clock(own_device)
+    timer = StageTimer(own_device)
     recall = [1.0]
     with reporter.stages(STAGES) as on_stage:
         # A copy, since the file should be read once and in order, and torch refuses arrays that are read only.
         bank = torch.from_numpy(np.array(rows[distributed.shard(len(rows))])).to(own_device)
-        clock.stop("read")
+        timer.stop("read")
         on_stage("read", 1)
-        if processes > 1:
-            graph = build_sharded_graph(bank, settings, clock, on_stage=on_stage)
-        else:
-            graph = build_graph(bank, settings, clock, on_stage=on_stage, on_recall=recall.append)
+        graph = build_graph(bank, settings, timer, on_stage=on_stage, on_recall=recall.append)
         columns = []
         for number, value in enumerate(values, start=1):
             columns.append(dbscan(graph, eps=value, min_samples=min_samples).cpu())
             on_stage("dbscan", number / len(values))
-        clock.stop("dbscan")
+        timer.stop("dbscan")
     if not distributed.is_main():
         return
 
@@ -100,7 +97,7 @@ def cluster(
         "edges": [int((graph.distances <= value).sum()) // 2 for value in values],
     }
     reporter.table(["eps", *found], [list(map(str, row)) for row in zip(values, *found.values(), strict=True)])
-    reporter.say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in clock.seconds.items()))
+    reporter.say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timer.seconds.items()))
     if recall[-1] < 1:
         reporter.warn(f"The search was approximate: it found {recall[-1]:.2%} of the neighbours.")
     summary = {
@@ -117,7 +114,7 @@ def cluster(
         "recall": recall[-1],
         "device": str(own_device),
         "processes": processes,
-        "seconds": {stage: round(seconds, 4) for stage, seconds in clock.seconds.items()},
+        "seconds": {stage: round(seconds, 4) for stage, seconds in timer.seconds.items()},
         "peak_memory_bytes": _peak_memory_bytes(),
     }
     if own_device.type == "cuda":

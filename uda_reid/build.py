@@ -1,7 +1,7 @@
 """From recipes, data sets and checkpoints to plain objects; below this module nothing knows a recipe."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from uda_reid.models.backbone import Backbone
 from uda_reid.models.fusion_reid import FusionReID
 from uda_reid.models.part_fusion import PartReIDModel
 from uda_reid.models.plain import PlainCnn, PlainVit
-from uda_reid.models.pooling import make_pooling
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
 from uda_reid.recipe import override_recipe, parse_recipe
@@ -84,7 +83,7 @@ def make_model(recipe: Recipe, cameras: int, *, seed: int, pretrained: bool) -> 
     """
     torch.manual_seed(derive_seed(seed))
     makers: dict[str, Callable[[], Backbone]] = {
-        "cnn": lambda: PlainCnn(_make_cnn(recipe, pretrained), make_pooling(recipe.model.cnn.pooling)),
+        "cnn": lambda: PlainCnn(_make_cnn(recipe, pretrained), recipe.model.cnn.pooling),
         "vit": lambda: PlainVit(_make_vit(recipe, cameras, pretrained)),
         "sam_ibn": lambda: _make_sam_ibn(recipe, pretrained),
         "fusion_reid": lambda: _make_fusion_reid(recipe, cameras, pretrained),
@@ -122,7 +121,7 @@ def _make_sam_ibn(recipe: Recipe, pretrained: bool) -> SamIbn:
         last_stride=sam.last_stride,
         stem_pool=sam.stem_pool,
         options=sam.options,
-        pooling=make_pooling(sam.pooling),
+        pooling=sam.pooling,
     )
 
 
@@ -190,9 +189,7 @@ def load_model(path: Path, *, device: torch.device, seed: int, overrides: tuple[
     return _load(read_checkpoint(path), device, seed, overrides)
 
 
-def load_source_model(
-    path: Path, *, device: torch.device, seed: int, overrides: tuple[str, ...] = ()
-) -> LoadedModel:
+def load_source_model(path: Path, *, device: torch.device, seed: int, overrides: tuple[str, ...] = ()) -> LoadedModel:
     """Loads the model of a pre-training, for an adaptation to start from.
 
     Raises:
@@ -202,16 +199,15 @@ def load_source_model(
     kind = checkpoint.metadata["kind"]
     if kind != "pretrain":
         raise UserError(
-            f"{path} is a checkpoint of '{kind}', but one of pretrain was expected; give the pre-training run to --init."
+            f"{path} is a checkpoint of '{kind}', but one of pretrain was expected; give a pre-training run to --init."
         )
     return _load(checkpoint, device, seed, overrides)
 
 
 def _load(checkpoint: Checkpoint, device: torch.device, seed: int, overrides: tuple[str, ...]) -> LoadedModel:
-    metadata: Mapping[str, Any] = checkpoint.metadata
+    metadata = checkpoint.metadata
     recipe = override_recipe(parse_recipe(metadata["recipe"]), overrides)
-    model: ReIDModel | PartReIDModel = make_model(recipe, len(metadata["cameras"]), seed=seed, pretrained=False)
-    if metadata["kind"] == "adapt":
-        model = result_network(model, recipe.adapt)
+    source = make_model(recipe, len(metadata["cameras"]), seed=seed, pretrained=False)
+    model = source if metadata["kind"] == "pretrain" else result_network(source, recipe.adapt)
     load_checkpoint(model, checkpoint)
-    return LoadedModel(model.to(device).eval(), recipe, dict(metadata), checkpoint.path)
+    return LoadedModel(model.to(device).eval(), recipe, metadata, checkpoint.path)

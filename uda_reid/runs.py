@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from uda_reid import __version__
 from uda_reid.build import LoadedModel, build_strategy, load_image_set, load_source_model, make_model
-from uda_reid.data.records import ReIDDataset, TestSplit, in_content_order
+from uda_reid.data.records import ReIDDataset, TestSplit, anonymize
 from uda_reid.distributed import barrier
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.checkpoint import save_checkpoint
@@ -21,6 +21,7 @@ from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.state_files import StateFiles
 from uda_reid.errors import UserError
+from uda_reid.models.reid_model import ReIDModel
 from uda_reid.recipe import dump_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import SUMMARY, RunLog
@@ -91,6 +92,7 @@ def run_adapt(
 
     Args:
         recipe: its model, images and pretrain sections are replaced by those of `init`.
+        init: a source model (`load_source_model`).
     """
     started = perf_counter()
     if len(target.train) < 2:
@@ -106,8 +108,8 @@ def run_adapt(
             init.model, target.test, known, recipe, device, reporter, "testing the source model"
         )
     before = state.metadata["before"]
-    strategy = build_strategy(recipe, init.model, seed=seed, device=device)
-    records = in_content_order(target.train)
+    strategy = build_strategy(recipe, cast(ReIDModel, init.model), seed=seed, device=device)
+    records = anonymize(target.train)
     state.check_images([path.name for path in records.paths])
     images = load_image_set(
         records, known, recipe.images, name=target.name, device=device, scratch=log.folder, reporter=reporter
@@ -210,7 +212,7 @@ def run_demo(
 
 
 def is_finished(folder: Path) -> bool:
-    """Returns whether a run has its summary, which is written last; removes the saved states that it no longer needs."""
+    """Returns whether a run has its summary, which is written last, and removes the states of a run that has."""
     if not (folder / SUMMARY).is_file():
         return False
     StateFiles(folder, lambda text: None).remove()
@@ -264,9 +266,7 @@ def _measure(
     return metrics.as_dict()
 
 
-def _write_summary(
-    log: RunLog, started: float, result: Mapping[str, Any], seed: int, device: torch.device
-) -> Summary:
+def _write_summary(log: RunLog, started: float, result: Mapping[str, Any], seed: int, device: torch.device) -> Summary:
     summary = {
         **result,
         "seed": seed,

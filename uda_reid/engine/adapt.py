@@ -108,7 +108,7 @@ def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: Trai
     for level in skipped:
         found = labels[level]
         report.warn(
-            f"epoch {epoch + 1}: the {level} level has {found.clusters} clusters in {len(found.labels):,} images, where "
+            f"epoch {epoch + 1}: the {level} level has {found.clusters} clusters in {len(found.labels):,} images, but "
             "two are needed, so it is skipped in this epoch; raise adapt.cluster.eps if this repeats."
         )
     return {

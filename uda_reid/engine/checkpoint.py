@@ -84,5 +84,5 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         UserError: names or shapes differ, because the checkpoint is of another architecture.
     """
     remedy = "use the recipe it was trained with"
-    check_state_dict(checkpoint.tensors, model.state_dict(), what=f"The checkpoint {checkpoint.path}", remedy=remedy)
+    check_state_dict(checkpoint.tensors, model.state_dict(), what=f"the checkpoint {checkpoint.path}", remedy=remedy)
     model.load_state_dict(checkpoint.tensors)

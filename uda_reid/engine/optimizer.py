@@ -141,7 +141,7 @@ class GuardedOptimizer:
         return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
 
     def _restore_statistics(self, skipped: Tensor) -> None:
-        """Puts back the statistics from before the forward pass if the step was skipped, and copies them for the next."""
+        """Puts back the statistics from before a skipped step, and copies them for the next one."""
         buffers = self._statistics((*self._networks, *self._whole_batch, *self._heads))
         if not buffers:
             return

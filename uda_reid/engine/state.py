@@ -43,9 +43,7 @@ class TrainState:
         metadata: JSON kept with every state.
     """
 
-    def __init__(
-        self, files: StateFiles | None = None, minutes: float = 10.0, saved: SavedState | None = None
-    ) -> None:
+    def __init__(self, files: StateFiles | None = None, minutes: float = 10.0, saved: SavedState | None = None) -> None:
         position = saved.metadata if saved is not None else {}
         self.epoch: int = position.get("epoch", 0)
         self.step: int = position.get("step", 0)
@@ -76,9 +74,7 @@ class TrainState:
             tracked.load_state_dict(self._pop(name))
         self._tracked[name] = tracked
 
-    def track_module(
-        self, name: str, module: nn.Module, *, resize: Callable[[StateDict], None] | None = None
-    ) -> None:
+    def track_module(self, name: str, module: nn.Module, *, resize: Callable[[StateDict], None] | None = None) -> None:
         """Registers a module, whose stored tensors must fit it exactly.
 
         Args:
@@ -91,7 +87,7 @@ class TrainState:
             stored = self._pop(name)
             if resize is not None:
                 resize(stored)
-            what = f"The saved training state of '{name}'"
+            what = f"the saved training state of '{name}'"
             check_state_dict(stored, module.state_dict(), what=what, remedy=REMEDY, check_dtype=True)
             module.load_state_dict(stored)
         self._tracked[name] = module

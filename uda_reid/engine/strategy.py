@@ -104,5 +104,5 @@ class Strategy(nn.Module):
         """
         names = {key.split(".")[1] for key in stored if key.startswith("heads.")}
         device = next(self.parameters()).device
-        self.heads = nn.ModuleDict({name: Classifiers.like(stored, f"heads.{name}.") for name in sorted(names)})
-        self.heads.to(device)
+        heads = {name: Classifiers.like(stored, f"heads.{name}.") for name in sorted(names)}
+        self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None}).to(device)

@@ -46,6 +46,13 @@ class TrainingReport:
                 "continues, and its summary will hold them."
             )
 
+    def skipped_steps(self, epoch: int, skipped: int, steps: int) -> None:
+        """Warns of the steps of an epoch that were skipped, if any."""
+        if skipped:
+            self.warn(
+                f"epoch {epoch}: {skipped} of {steps} steps were skipped, because a loss or a gradient was not finite."
+            )
+
     def warn(self, text: str) -> None:
         """Prints a warning."""
         self._reporter.warn(text)

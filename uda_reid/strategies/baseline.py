@@ -47,6 +47,7 @@ class Baseline(Strategy):
         model: the source model, adapted in place.
     """
 
+    networks: BaselineNetworks
     levels = (GLOBAL,)
     loss_names = ("cross_entropy", "triplet_global")
 

@@ -137,6 +137,8 @@ class LF2(Strategy):
         model: the source model, adapted in place.
     """
 
+    networks: LF2Networks
+
     def __init__(self, model: ReIDModel, settings: LF2Settings) -> None:
         super().__init__()
         self.settings = settings
@@ -208,9 +210,7 @@ class LF2(Strategy):
         weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
         self.heads["classifiers"] = Classifiers.from_centroids(weights, self.output_widths)
 
-    def losses(
-        self, outputs: Mapping[str, GlobalOutput | PartLevelOutput], labels: Mapping[str, Tensor]
-    ) -> Losses:
+    def losses(self, outputs: Mapping[str, GlobalOutput | PartLevelOutput], labels: Mapping[str, Tensor]) -> Losses:
         """Returns CE(global), T(global), w T(part) of each part, and the X-ReID losses.
 
         Where all levels share one batch, labels of a part may be negative: an outlier is nobody's positive.

@@ -102,14 +102,14 @@ def ours(features: np.ndarray, device: str, backend: str) -> tuple[np.ndarray, d
     """This package; on a GPU the second of two runs, since the first one also starts the device."""
     import torch
 
-    from uda_reid.clustering.pseudo_labels import ClusterSettings, pseudo_labels
+    from uda_reid.clustering.pseudo_labels import pseudo_labels
+    from uda_reid.settings import ClusterSettings
 
     settings = ClusterSettings(k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES, backend=backend)
-    bank = torch.from_numpy(features)
+    bank = torch.from_numpy(features).to(device)
     if device != "cpu":
-        bank = bank.to(device)
-        pseudo_labels(bank, settings, device=device, seed=0)
-    found = pseudo_labels(bank, settings, device=device, seed=0)
+        pseudo_labels(bank, settings, seed=0)
+    found = pseudo_labels(bank, settings, seed=0)
     return found.labels.numpy(), found.seconds
 
 

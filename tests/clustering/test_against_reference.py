@@ -1,6 +1,7 @@
 """Distances and labels against the definition in plain loops followed by scikit-learn on the dense matrix."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,21 +9,26 @@ import torch
 from sklearn.cluster import DBSCAN
 
 from uda_reid.clustering.dbscan import dbscan
-from uda_reid.clustering.pseudo_labels import ClusterSettings, pseudo_labels
+from uda_reid.clustering.pseudo_labels import pseudo_labels
+from uda_reid.errors import UserError
 from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
 from uda_reid.retrieval.neighbours import nearest_neighbours
+from uda_reid.retrieval.normalize import normalize
+from uda_reid.retrieval.search.similarity import pair_similarities
+from uda_reid.settings import ClusterSettings
 
 Dense = Callable[[np.ndarray, int, int], np.ndarray]
 Bank = Callable[..., np.ndarray]
 
 
 def graph_of(features: np.ndarray, k1: int, k2: int, eps: float, **settings: int) -> SparseGraph:
-    bank = torch.from_numpy(features)
-    return jaccard_graph(bank, nearest_neighbours(bank, k1, **settings), k1=k1, k2=k2, eps=eps, **settings)
+    rows = normalize(torch.from_numpy(features))
+    similarities_of = partial(pair_similarities, rows, rows)
+    return jaccard_graph(similarities_of, nearest_neighbours(rows, k1, **settings), k1=k1, k2=k2, eps=eps, **settings)
 
 
 def check(features: np.ndarray, expected: np.ndarray, k1: int, k2: int, eps: float, min_samples: int = 4) -> int:
-    """Holds graph and labels against the dense matrix; returns the number of clusters."""
+    """Compares graph and labels with the dense matrix; returns the number of clusters."""
     n = len(features)
     graph = graph_of(features, k1, k2, eps)
     rows = torch.repeat_interleave(graph.indptr.diff()).numpy()
@@ -110,7 +116,21 @@ def test_order_of_the_bank_changes_names_only(bank_of_people: Bank) -> None:
 def test_a_gpu_gives_the_same_labels(bank_of_people: Bank) -> None:
     features = torch.from_numpy(bank_of_people(3000, seed=6))
     settings = ClusterSettings(k1=20)
-    cpu = pseudo_labels(features, settings, device="cpu", seed=0)
-    gpu = pseudo_labels(features, settings, device="cuda", seed=0)
+    cpu = pseudo_labels(features, settings, seed=0)
+    gpu = pseudo_labels(features.cuda(), settings, seed=0)
     assert cpu.clusters > 50
     assert torch.equal(cpu.labels, gpu.labels)
+
+
+def refuses(words: str, columns: int, **settings: float) -> None:
+    rows = normalize(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+    neighbours = nearest_neighbours(rows, columns)
+    with pytest.raises(UserError, match=words):
+        jaccard_graph(partial(pair_similarities, rows, rows), neighbours, **settings)
+
+
+def test_refuses_settings_out_of_range() -> None:
+    refuses("k2 must be between 1 and k1, got k1 = 3 and k2 = 4", 10, k1=3, k2=4)
+    refuses(r"eps must be above 0 and below 1, got 1\.0", 10, k1=10, eps=1.0)
+    refuses("neighbours must have at least 10 columns for k1 = 10, got 6", 6, k1=10)
+    refuses("neighbours must have at least 20 columns for k1 = 30, got 10", 10)

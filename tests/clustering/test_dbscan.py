@@ -1,12 +1,18 @@
 """DBSCAN over sparse graphs against scikit-learn on the same distances, border points and numbering included."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from sklearn.cluster import DBSCAN
 
-from uda_reid.clustering.dbscan import OUTLIER, components, dbscan
+from uda_reid.clustering.dbscan import OUTLIER, dbscan, hook_trees, smallest_of_component
+from uda_reid.errors import UserError
 from uda_reid.retrieval.jaccard import SparseGraph
+
+Components = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+both_ways = pytest.mark.parametrize("components", [smallest_of_component, hook_trees])
 
 
 def graph_of(distances: np.ndarray, eps: float, device: str = "cpu") -> SparseGraph:
@@ -53,7 +59,8 @@ def test_the_cases_above_have_borders_between_clusters() -> None:
     assert shared > 0
 
 
-def test_a_long_chain_is_one_cluster() -> None:
+@both_ways
+def test_a_long_chain_is_one_cluster(components: Components) -> None:
     """Ten thousand points in a shuffled row: the worst case of label propagation."""
     n = 10_000
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
@@ -61,7 +68,8 @@ def test_a_long_chain_is_one_cluster() -> None:
     assert (components(ends[0], ends[1], n) == 0).all()
 
 
-def test_components_equal_a_flood_fill() -> None:
+@both_ways
+def test_components_equal_a_flood_fill(components: Components) -> None:
     generator = torch.Generator().manual_seed(1)
     left, right = torch.randint(500, (2, 350), generator=generator)
     rows, columns = torch.cat([left, right]), torch.cat([right, left])
@@ -82,9 +90,9 @@ def test_no_edges_at_all() -> None:
 
 def test_refuses_what_the_graph_does_not_hold() -> None:
     graph = graph_of(np.full((3, 3), 0.9), 0.5)
-    with pytest.raises(ValueError, match=r"eps must be at most 0\.5, up to which the graph holds pairs, got 0\.6"):
+    with pytest.raises(UserError, match=r"eps must be at most 0\.5, up to which the graph holds pairs, got 0\.6"):
         dbscan(graph, eps=0.6)
-    with pytest.raises(ValueError, match="min_samples must be at least 1, got 0"):
+    with pytest.raises(UserError, match="min_samples must be 1 or more, got 0"):
         dbscan(graph, eps=0.5, min_samples=0)
 
 

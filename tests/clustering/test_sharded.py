@@ -1,32 +1,65 @@
-"""Two and three processes against one: neighbours, distances and labels must be the same to the last bit."""
+"""Two and three processes against one: neighbors, distances, labels and centroids."""
 
 import multiprocessing
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from uda_reid.clustering.dbscan import dbscan
-from uda_reid.clustering.pseudo_labels import Clock, ClusterSettings, build_graph, build_sharded_graph
-from uda_reid.retrieval.checks import FeatureError
+from uda_reid.clustering.pseudo_labels import centroids, pseudo_labels
+from uda_reid.clustering.stages import StageTimer, build_graph
+from uda_reid.distributed import rank, shard
+from uda_reid.errors import UserError
 from uda_reid.retrieval.neighbours import nearest_neighbours
-from uda_reid.retrieval.sharded import ShardedBank, shard_bounds
+from uda_reid.retrieval.normalize import normalize, normalize_shard
+from uda_reid.retrieval.search.ring import ShardedBank
+from uda_reid.settings import ClusterSettings
 
-SETTINGS = ClusterSettings(k1=12, k2=4, eps=0.7)
+SETTINGS = ClusterSettings(k1=12, k2=4, eps=0.7, clusters=9)
+KMEANS = replace(SETTINGS, method="kmeans")
+REFUSED = {"row": SETTINGS, "clusters": replace(KMEANS, clusters=10), "backend": replace(SETTINGS, backend="faiss")}
+CPU = torch.device("cpu")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def results(features: Tensor, neighbours: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """What every process must agree on with a single one; `features` are this process's rows."""
+    graph = build_graph(features, SETTINGS, StageTimer(CPU))
+    found = pseudo_labels(features, SETTINGS, seed=0)
+    return {
+        "neighbours": neighbours,
+        "graph": (graph.indices, graph.distances),
+        "labels": (found.labels, torch.tensor(found.edges)),
+        "k-means": (pseudo_labels(features, KMEANS, seed=3).labels,),
+        "centroids": (centroids(features, found.labels),),
+    }
 
 
-def work(rank: int, world_size: int, port: int, folder: str) -> None:
+def all_results(features: Tensor) -> dict[str, Any]:
+    own = features[shard(len(features))]
+    return results(own, ShardedBank(normalize_shard(own)).search(SETTINGS.k1))
+
+
+def neighbours_and_refusals(features: Tensor) -> dict[str, Any]:
+    own = features[shard(len(features))]
+    refused = {}
+    for name, settings in REFUSED.items():
+        # Row 3 of the second process.
+        rows = torch.where(torch.arange(len(own))[:, None] == 3, 0, own) if name == "row" and rank() == 1 else own
+        with pytest.raises(UserError) as error:
+            pseudo_labels(rows, settings, seed=0)
+        refused[name] = str(error.value)
+    return {"neighbours": ShardedBank(normalize_shard(own)).search(SETTINGS.k1), "refused": refused}
+
+
+def work(rank: int, world_size: int, port: int, folder: Path, task: Callable[[Tensor], dict[str, Any]]) -> None:
     """The body of one process."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -36,65 +69,57 @@ def work(rank: int, world_size: int, port: int, folder: str) -> None:
         world_size=world_size,
         timeout=timedelta(seconds=60),
     )
-    features = torch.from_numpy(np.load(Path(folder, "features.npy")))
-    first, stop = shard_bounds(len(features), rank, world_size)
     try:
-        bank = ShardedBank(features[first:stop])
-        indices, similarities = bank.neighbours(SETTINGS.k1)
-        graph = build_sharded_graph(features[first:stop], SETTINGS, Clock(torch.device("cpu")))
-        labels = dbscan(graph, eps=SETTINGS.eps)
-        torch.save((indices, similarities, graph.indices, graph.distances, labels), Path(folder, f"{rank}.pt"))
-    except FeatureError as error:
-        Path(folder, f"{rank}.txt").write_text(str(error))
+        torch.save(task(torch.from_numpy(np.load(folder / "features.npy"))), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def run(features: np.ndarray, world_size: int, folder: Path) -> None:
+def run(
+    task: Callable[[Tensor], dict[str, Any]], features: np.ndarray, world_size: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Returns what the task returns in each of several processes."""
     np.save(folder / "features.npy", features)
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    processes = [context.Process(target=work, args=(rank, world_size, port, str(folder))) for rank in range(world_size)]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=work, args=(rank, world_size, port, folder, task)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(90)
         assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_labels_equal_those_of_one_process(
+def test_results_equal_those_of_one_process(
     world_size: int, tmp_path: Path, bank_of_people: Callable[..., np.ndarray]
 ) -> None:
     features = np.concatenate([bank_of_people(200, seed=4), np.repeat(bank_of_people(7, seed=5), 6, axis=0)])
-    run(features, world_size, tmp_path)
     bank = torch.from_numpy(features)
-    neighbours = nearest_neighbours(bank, SETTINGS.k1)
-    graph = build_graph(bank, SETTINGS, Clock(torch.device("cpu")))
-    labels = dbscan(graph, eps=SETTINGS.eps)
-    assert labels.max() > 5
-    expected = (*neighbours, graph.indices, graph.distances, labels)
-    for rank in range(world_size):
-        for one, other in zip(expected, torch.load(tmp_path / f"{rank}.pt"), strict=True):
-            assert torch.equal(one, other)
+    expected = results(bank, nearest_neighbours(normalize(bank), SETTINGS.k1))
+    assert expected["labels"][0].max() > 5
+    assert expected["k-means"][0].max() == 8
+    for found in run(all_results, features, world_size, tmp_path):
+        for name, tensors in expected.items():
+            for one, other in zip(tensors, found[name], strict=True):
+                assert torch.equal(one, other), name
 
 
-def test_fewer_rows_than_neighbours(tmp_path: Path, bank_of_people: Callable[..., np.ndarray]) -> None:
-    features = bank_of_people(5, seed=0)
-    run(features, 2, tmp_path)
-    found = torch.load(tmp_path / "1.pt")
-    assert torch.equal(found[0], nearest_neighbours(torch.from_numpy(features), 12).indices)
-
-
-def test_a_bad_row_is_refused_by_all(tmp_path: Path, bank_of_people: Callable[..., np.ndarray]) -> None:
-    features = bank_of_people(20, seed=0)
-    features[13] = 0
-    run(features, 2, tmp_path)
-    assert "features of rank 1 must have a direction, but row 3" in (tmp_path / "1.txt").read_text()
-    assert "features of rank 1 were refused" in (tmp_path / "0.txt").read_text()
-
-
-def test_bounds_cover_every_row_once() -> None:
-    for n, world_size in ((10, 3), (7, 7), (100, 8)):
-        bounds = [shard_bounds(n, rank, world_size) for rank in range(world_size)]
-        assert [row for first, stop in bounds for row in range(first, stop)] == list(range(n))
-        assert max(b - a for a, b in bounds) - min(b - a for a, b in bounds) <= 1
+def test_fewer_rows_than_neighbours_and_refusals_by_all(
+    tmp_path: Path, bank_of_people: Callable[..., np.ndarray]
+) -> None:
+    features = bank_of_people(9, seed=0)
+    first, second = run(neighbours_and_refusals, features, 2, tmp_path)
+    expected = nearest_neighbours(normalize(torch.from_numpy(features)), SETTINGS.k1).indices
+    assert torch.equal(first["neighbours"][0], expected)
+    assert torch.equal(second["neighbours"][0], expected)
+    assert "features of rank 1 must have a direction, but row 3" in second["refused"]["row"]
+    assert "features of rank 1 were refused" in first["refused"]["row"]
+    for found in (first, second):
+        assert "between 1 and the number of features (9), got 10" in found["refused"]["clusters"]
+        assert "backend must be 'torch' or 'auto' with several processes, got 'faiss'" in found["refused"]["backend"]

@@ -1,4 +1,4 @@
-"""Small data sets on disk, and what a sentence for the user is."""
+"""Small data sets on disk, and the form of an error sentence."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ Touch = Callable[[Path, Iterable[str]], Path]
 
 @pytest.fixture
 def touch() -> Touch:
-    """Files without content, which is all that a reader of names should need: folder, names -> folder."""
+    """Writes empty files, which suffice for readers of names: folder, names -> folder."""
 
     def write(folder: Path, names: Iterable[str]) -> Path:
         for name in names:
@@ -27,7 +27,7 @@ def touch() -> Touch:
 
 @pytest.fixture
 def draw() -> Callable[..., Path]:
-    """An image of random blocks: path, seed, size (width, height), mode -> path."""
+    """Writes an image of random blocks: path, seed, size (width, height), mode -> path."""
 
     def write(path: Path, seed: int = 0, size: tuple[int, int] = (20, 40), mode: str = "RGB") -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def draw() -> Callable[..., Path]:
 
 @pytest.fixture
 def assert_sentence() -> Callable[..., None]:
-    """Demands one sentence on one line that names all the words given."""
+    """Asserts that an error is one sentence on one line that contains the given words."""
 
     def check(error: BaseException, *words: object) -> None:
         text = str(error)

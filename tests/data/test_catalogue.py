@@ -62,7 +62,7 @@ def test_a_key_finds_its_folder_under_the_root(
     assert dataset.test is not None
 
 
-def test_equal_counts_are_passed_over_in_silence(
+def test_equal_counts_give_no_note(
     tmp_path: Path, write_set: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CATALOGUE, "market", replace(CATALOGUE["market"], counts=COUNTS))
@@ -86,7 +86,7 @@ def test_a_count_that_differs_names_both_numbers(
     assert str(folder) in note
 
 
-def test_a_target_is_not_asked_how_many_identities_it_has(
+def test_the_identities_of_a_target_are_not_counted(
     tmp_path: Path, write_set: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CATALOGUE, "market", replace(CATALOGUE["market"], counts=replace(COUNTS, train_ids=99)))
@@ -115,14 +115,14 @@ def test_a_second_version_beside_the_first_is_mentioned(tmp_path: Path) -> None:
             (root / f"list_{split}.txt").write_text(line)
     notes = " ".join(open_dataset("msmt17", tmp_path, labelled_train=True).notes)
     assert "MSMT17_V1 is used" in notes
-    assert "MSMT17_V2 is not" in notes
+    assert "MSMT17_V2 is ignored" in notes
     for key, version in (("msmt17_v1", "V1"), ("msmt17_v2", "V2")):
         dataset = open_dataset(key, tmp_path, labelled_train=True)
         assert dataset.folder.name == f"MSMT17_{version}"
         assert f"is MSMT17 {version}." in dataset.notes[0]
 
 
-def test_the_path_of_a_folder_does_instead_of_a_key(tmp_path: Path, write_set: Callable[[Path], Path]) -> None:
+def test_a_folder_can_be_given_instead_of_a_key(tmp_path: Path, write_set: Callable[[Path], Path]) -> None:
     folder = write_set(tmp_path / "my crops")
     dataset = open_dataset(str(folder), tmp_path / "elsewhere", labelled_train=True, embedded=EMBEDDED)
     assert (dataset.name, dataset.folder, len(dataset.train), dataset.notes) == (str(folder), folder, 3, ())
@@ -136,7 +136,7 @@ def test_a_missing_data_set_is_one_sentence(key: str, tmp_path: Path, assert_sen
     assert_sentence(error.value, CATALOGUE[key].title, *CATALOGUE[key].folders, tmp_path, layout, *EMBEDDED)
 
 
-def test_the_withdrawal_of_duke_is_said_where_it_is_missing(tmp_path: Path) -> None:
+def test_the_withdrawal_of_duke_is_mentioned_if_it_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="withdrew it in 2019"):
         open_dataset("duke", tmp_path, labelled_train=True, embedded=EMBEDDED)
 

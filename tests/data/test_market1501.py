@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from uda_reid.data.market1501 import read_market1501, read_split
@@ -167,13 +166,3 @@ def test_a_source_without_a_known_identity_is_one_sentence(
     with pytest.raises(UserError) as error:
         read_market1501(tmp_path, "mine", labelled_train=True)
     assert_sentence(error.value, tmp_path / "bounding_box_train", "--target")
-
-
-def test_records_select_by_mask_and_by_index(market: Path) -> None:
-    records = read_split(market / "bounding_box_train", labelled=True)
-    by_mask = records.select(np.array([True, False, True]))
-    by_index = records.select(np.array([2, 0]))
-    assert [path.name for path in by_mask.paths] == [TRAIN[0], TRAIN[2]]
-    assert by_index.person_ids.tolist() == [7, 2]
-    assert by_index.camera_ids.tolist() == [6, 1]
-    assert [path.name for path in by_index.paths] == [TRAIN[2], TRAIN[0]]

@@ -5,10 +5,21 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from uda_reid.data.records import UNKNOWN, anonymize, make_records
 from uda_reid.errors import UserError
+
+
+def test_records_are_selected_by_mask_and_by_index() -> None:
+    records = make_records([Path("a"), Path("b"), Path("c")], [2, 2, 7], [1, 3, 6])
+    by_mask = records.select(np.array([True, False, True]))
+    by_index = records.select(np.array([2, 0]))
+    assert by_mask.paths == (Path("a"), Path("c"))
+    assert by_index.paths == (Path("c"), Path("a"))
+    assert by_index.person_ids.tolist() == [7, 2]
+    assert by_index.camera_ids.tolist() == [6, 1]
 
 
 def test_anonymous_records_do_not_depend_on_names_or_identities(tmp_path: Path, draw: Callable[..., Path]) -> None:

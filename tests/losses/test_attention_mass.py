@@ -16,7 +16,7 @@ def test_equals_the_definition() -> None:
 
 
 @pytest.mark.parametrize(("positive", "expected"), [(1.0, 0.0), (0.5, math.log(2))])
-def test_is_zero_for_the_positive_alone_and_log_two_for_both_alike(positive: float, expected: float) -> None:
+def test_is_zero_for_the_positive_alone_and_log_two_for_equal_masses(positive: float, expected: float) -> None:
     masses = torch.tensor([[positive, 1 - positive]])
     assert attention_mass_loss(masses, torch.tensor([True])).item() == pytest.approx(expected, abs=1e-6)
 

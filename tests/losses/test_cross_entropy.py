@@ -18,10 +18,10 @@ def test_equals_the_definition(dtype: torch.dtype, smoothing: float) -> None:
     for each in logits:
         for image in range(4):
             row = each[image].tolist()
-            normaliser = math.log(sum(math.exp(value) for value in row))
+            normalizer = math.log(sum(math.exp(value) for value in row))
             for m, value in enumerate(row):
                 target = (1 - smoothing) * (m == labels[image].item()) + smoothing / 5
-                expected -= target * (value - normaliser) / 4
+                expected -= target * (value - normalizer) / 4
     loss = smoothed_cross_entropy(logits, labels, smoothing=smoothing)
     assert loss.dtype == dtype
     assert loss.item() == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Small trunks with the structure of the large ones, and what the tests of several modules need."""
+"""Small trunks with the structure of the large ones, and checks shared by several test modules."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
 
 IMAGE_SIZE = (64, 32)
-# The last norm of a residual branch starts at zero otherwise, and holds back the gradient of its branch for one step.
+# The last norm of a residual branch starts at zero otherwise, and its branch gets no gradient in the first step.
 CNN_OPTIONS = {"channels": (8, 12, 16, 24), "zero_init_last": False}
 VIT_OPTIONS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -33,7 +33,7 @@ def small_vit() -> VitTrunk:
 
 @pytest.fixture
 def assert_all_trained() -> Callable[..., None]:
-    """Back-propagate a loss and demand a gradient above rounding on every trainable parameter."""
+    """Back-propagates a loss and asserts a gradient above rounding on every trainable parameter."""
 
     def check(loss: Tensor, *modules: nn.Module, floor: float = 1e-7) -> None:
         loss.backward()
@@ -49,7 +49,7 @@ def assert_all_trained() -> Callable[..., None]:
 
 @pytest.fixture
 def freeze_statistics() -> Callable[[nn.Module], None]:
-    """Batch norms on their running statistics: in training they cancel every bias before them, by definition."""
+    """Sets batch norms to their running statistics: in training they cancel every bias before them, by definition."""
 
     def freeze(model: nn.Module) -> None:
         for module in model.modules():

@@ -1,6 +1,7 @@
 """SAM-IBN against its definition: norms, self-attention, channel attention, fusion, weight files."""
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def resnet50_count() -> int:
 def test_parameters_counted_on_paper() -> None:
     with torch.device("meta"):
         models = {
-            (attention, fusion): SamIbn((256, 128), attention=attention, fusion=fusion)
-            for attention in (False, True)
-            for fusion in (False, True)
+            switches: SamIbn((256, 128), **dict(zip(("attention", "eca", "fusion"), switches, strict=True)))
+            for switches in product((False, True), repeat=3)
         }
     # Queries, keys and values in place of the 3x3; 2 H - 1 and 2 W - 1 offsets for a head of a quarter of the width.
     grids = [(32, 16)] + 5 * [(16, 8)] + [(16, 8)] + 2 * [(8, 4)]
@@ -124,12 +124,11 @@ def test_parameters_counted_on_paper() -> None:
         for (rows, columns), width in zip(grids, widths, strict=True)
     )
     # Nearest odd number to (log2 C + 1) / 2 for 64, 256, 512, 1024 and 2048 channels.
-    attention += 3 + 5 + 5 + 5 + 7
+    eca = 3 + 5 + 5 + 5 + 7
     fusion = (512 + 1024 + 2048) * 2048 + 2 * 2048
-    assert count(models[False, False]) == resnet50_count()
-    assert count(models[True, False]) == resnet50_count() + attention
-    assert count(models[False, True]) == resnet50_count() + fusion
-    assert count(models[True, True]) == resnet50_count() + attention + fusion
+    for switches, model in models.items():
+        parts = (attention, eca, fusion)
+        assert count(model) == resnet50_count() + sum(part for part, on in zip(parts, switches, strict=True) if on)
 
 
 def attend(feature_map: Tensor, layer: Any, heads: int) -> Tensor:
@@ -157,7 +156,7 @@ def attend(feature_map: Tensor, layer: Any, heads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("stage", ["layer3", "layer4"])
-def test_self_attention_stands_in_the_place_of_every_3x3(stage: str) -> None:
+def test_self_attention_replaces_every_3x3_convolution(stage: str) -> None:
     model = SamIbn((48, 40)).double()
     for index, block in enumerate(getattr(model.resnet, stage)):
         assert not [module for module in block.modules() if getattr(module, "kernel_size", (1, 1)) == (3, 3)]
@@ -205,10 +204,12 @@ def test_fusion_takes_the_maximum_over_each_cell_of_the_last_grid(last_stride: i
             assert torch.allclose(out[0, :, row, column], expected)
 
 
-@pytest.mark.parametrize("attention", [True, False])
-@pytest.mark.parametrize("fusion", [True, False])
-def test_whole_network_follows_its_stages(attention: bool, fusion: bool) -> None:
-    model: Any = SamIbn(SIZE, attention=attention, fusion=fusion).eval()
+@pytest.mark.parametrize(
+    ("attention", "eca", "fusion"),
+    [(True, True, True), (True, False, True), (False, True, True), (True, True, False), (False, False, False)],
+)
+def test_whole_network_follows_its_stages(attention: bool, eca: bool, fusion: bool) -> None:
+    model: Any = SamIbn(SIZE, attention=attention, eca=eca, fusion=fusion).eval()
     images = torch.randn(1, 3, *SIZE)
     net, taken = model.resnet, []
     with torch.no_grad():
@@ -216,7 +217,7 @@ def test_whole_network_follows_its_stages(attention: bool, fusion: bool) -> None
         for index, stage in enumerate((None, net.layer1, net.layer2, net.layer3, net.layer4)):
             if stage is not None:
                 feature_map = stage(net.maxpool(feature_map) if index == 1 else feature_map)
-            feature_map = model.eca[index](feature_map) if attention else feature_map
+            feature_map = model.eca[index](feature_map) if eca else feature_map
             taken.append(feature_map)
         if fusion:
             feature_map = model.fusion(*taken[2:])
@@ -254,11 +255,33 @@ def test_every_parameter_is_trained(assert_all_trained: Any, freeze_statistics: 
     assert_all_trained((out.bn_embeddings[0] * torch.randn(2, 2048)).sum(), model)
 
 
+SMALL: dict[str, Any] = {"stem_pool": False, "options": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}}
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{"attention": False}, {"eca": False}, {"fusion": False}, {"pooling": "gem"}, {"pooling": "avg+max"}],
+    ids=str,
+)
+def test_every_parameter_is_trained_whatever_is_switched_off(
+    switches: dict[str, Any], assert_all_trained: Any, freeze_statistics: Any
+) -> None:
+    model = ReIDModel(SamIbn(SIZE, **SMALL, **switches))
+    freeze_statistics(model)
+    out = model(torch.randn(2, 3, *SIZE))
+    assert_all_trained((out.bn_embeddings[0] * torch.randn(2, 64)).sum(), model)
+
+
+def test_the_vector_is_pooled_as_named() -> None:
+    out = SamIbn(SIZE, **SMALL, pooling="avg+max").eval()(torch.randn(2, 3, *SIZE))
+    expected = out.maps[0].mean(dim=(2, 3)) + out.maps[0].amax(dim=(2, 3))
+    assert torch.allclose(out.vectors[0], expected)
+
+
 def test_a_small_one_for_small_images_keeps_every_part() -> None:
-    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}
-    model = SamIbn((64, 32), stem_pool=False, last_stride=1, options=options).train()
-    (vector,), (feature_map,) = model(torch.randn(4, 3, 64, 32))
-    assert vector.shape == (4, 64)
-    assert feature_map.shape == (4, 64, 8, 4)
-    vector.square().sum().backward()
+    model = SamIbn(SIZE, last_stride=1, **SMALL).train()
+    out = model(torch.randn(4, 3, *SIZE))
+    assert out.vectors[0].shape == (4, 64)
+    assert out.maps[0].shape == (4, 64, 8, 4)
+    out.vectors[0].square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []

@@ -32,9 +32,9 @@ def by_definition(batch: Tensor, sizes: Sequence[int], layer: nn.Module) -> tupl
             values = batch[rows, channel]
             mean = values.sum() / values.numel()
             squares = ((values - mean) ** 2).sum()
-            normalised = (values - mean) / (squares / values.numel() + layer.eps) ** 0.5
+            normalized = (values - mean) / (squares / values.numel() + layer.eps) ** 0.5
             weight, bias = (1.0, 0.0) if layer.weight is None else (layer.weight[channel], layer.bias[channel])
-            output[rows, channel] = normalised * weight + bias
+            output[rows, channel] = normalized * weight + bias
             means[group, channel] = mean.detach()
             variances[group, channel] = squares.detach() / (values.numel() - 1)
         start += size
@@ -53,7 +53,7 @@ class ByDefinition(nn.BatchNorm2d):
 
 
 def layer_for(shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """A layer in double precision whose weights and buffers are not those of the start."""
+    """A layer in double precision with weights and buffers other than the initial ones."""
     layer = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(shape[1], **options).double()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def tiny_resnet() -> nn.Module:
 
 
 def train(model: nn.Module, batch: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """One forward and backward of a loss that sums over images: all tensors that come of it, by name."""
+    """Returns output, gradients and buffers after one forward and backward of a loss that sums over images."""
     batch = batch.clone().requires_grad_()
     output = model(batch)
     (output * target).sum().backward()
@@ -93,7 +93,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
     ("images", "group", "sizes"),
     [(8, 4, (4, 4)), (10, 4, (5, 5)), (11, 4, (4, 4, 3)), (5, 4, (5,)), (3, 8, (3,)), (7, 2, (3, 2, 2)), (3, 2, (3,))],
 )
-def test_each_group_is_normalised_by_its_own_statistics(
+def test_each_group_is_normalized_by_its_own_statistics(
     shape: tuple[int, ...], images: int, group: int, sizes: tuple[int, ...]
 ) -> None:
     batch = torch.randn(images, *shape, dtype=torch.float64) * 3 + 2
@@ -172,7 +172,7 @@ def test_one_value_per_channel_is_refused() -> None:
         layer(torch.randn(1, 3))
 
 
-def test_groups_before_and_after_one_another_share_a_backward() -> None:
+def test_forwards_with_different_group_counts_share_a_backward() -> None:
     layer = layer_for((8, 3, 2, 2))
     set_batch_norm_group(layer, 4)
     large, small = torch.randn(8, 3, 2, 2, dtype=torch.float64), torch.randn(4, 3, 2, 2, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_conversion_keeps_everything_but_the_class() -> None:
     assert not torch.equal(model[1].bias, state["1.bias"])
 
 
-def test_a_second_call_states_anew() -> None:
+def test_a_second_call_sets_another_group() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
     batch = torch.randn(12, 3, 2, 2)
     for group in (4, 6, 6):
@@ -286,7 +286,7 @@ def test_a_training_step_of_a_whole_network() -> None:
 
 
 @pytest.mark.parametrize("group", [4, 12])
-def test_a_compiled_network_does_the_same(group: int) -> None:
+def test_a_compiled_network_gives_the_same(group: int) -> None:
     batch, target = torch.randn(2, 12, 3, 2, 2, dtype=torch.float64)
     network = nn.Sequential(layer_for(batch.shape), nn.ReLU())
     set_batch_norm_group(network, group)
@@ -296,7 +296,7 @@ def test_a_compiled_network_does_the_same(group: int) -> None:
 
 
 def whole_batch() -> tuple[Tensor, Tensor]:
-    """32 images and the gradients of what `tiny_resnet` makes of them."""
+    """32 images and the gradients of the outputs of `tiny_resnet`."""
     generator = torch.Generator().manual_seed(3)
     return (
         torch.randn(32, 3, 16, 16, dtype=torch.float64, generator=generator),
@@ -317,7 +317,7 @@ def off_centre() -> Tensor:
 
 
 def work(rank: int, folder: str) -> None:
-    """The body of one of two processes: each case's tensors, in a file of its own."""
+    """Runs every case in one of two processes and saves the tensors."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -349,8 +349,18 @@ def work(rank: int, folder: str) -> None:
     output.sum().backward()
     layouts = [tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (output, batch.grad)]
     cases["half"] = (output.dtype, batch.grad.dtype, layer.weight.grad.dtype, *layouts)
+    on_gpu = nn.Sequential(nn.BatchNorm2d(3), BNNeck(3)).to("meta")  # any device other than a CPU
+    parameters = list(on_gpu.parameters())
+    set_batch_norm_group(on_gpu, 0)
+    cases["on gpu"] = (
+        all(isinstance(norm, nn.SyncBatchNorm) for norm in on_gpu),
+        all(one is other for one, other in zip(on_gpu.parameters(), parameters, strict=True)),
+        on_gpu[1].bias.requires_grad,
+    )
+    set_batch_norm_group(on_gpu, 4)
+    cases["on gpu again"] = [norm.group for norm in on_gpu if not isinstance(norm, nn.SyncBatchNorm)]
     layer.eval()
-    if rank == 0:  # in evaluation nobody waits
+    if rank == 0:  # evaluation is not collective
         layer(batch)
     try:
         layer.train()(torch.randn(1 - rank, 16, 1, 1))
@@ -362,14 +372,14 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two processes found, case by case."""
+    """The results of the two processes, by case."""
     folder = tmp_path_factory.mktemp("processes")
     mp.spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 def joined(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows one under the other, parameter gradients summed, running statistics averaged."""
+    """Joins two processes: rows concatenated, parameter gradients summed, running statistics averaged."""
     both = {}
     for name, first in found[0].items():
         pair = [first, found[1][name]]
@@ -382,6 +392,7 @@ def joined(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return both
 
 
+@pytest.mark.slow
 def test_two_processes_in_groups_are_one(processes: list[dict[str, Any]]) -> None:
     found = [case["groups"] for case in processes]
     assert not torch.equal(found[0]["bn1.running_mean"], found[1]["bn1.running_mean"])
@@ -390,6 +401,7 @@ def test_two_processes_in_groups_are_one(processes: list[dict[str, Any]]) -> Non
     assert_same(joined(found), train(model, *whole_batch()))
 
 
+@pytest.mark.slow
 def test_the_whole_batch_of_two_processes_is_that_of_one(processes: list[dict[str, Any]]) -> None:
     found = [case["whole"] for case in processes]
     for name, _ in tiny_resnet().named_buffers():
@@ -397,6 +409,7 @@ def test_the_whole_batch_of_two_processes_is_that_of_one(processes: list[dict[st
     assert_same(joined(found), train(tiny_resnet(), *whole_batch()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", UNEVEN)
 def test_shares_may_be_a_row_or_nothing(processes: list[dict[str, Any]], counts: tuple[int, int]) -> None:
     images, target = whole_batch()
@@ -405,6 +418,7 @@ def test_shares_may_be_a_row_or_nothing(processes: list[dict[str, Any]], counts:
     assert_same(joined([case[str(counts)] for case in processes]), train(layer, rows, gradient))
 
 
+@pytest.mark.slow
 def test_compiled_and_without_weights_over_processes(processes: list[dict[str, Any]]) -> None:
     images, target = whole_batch()
     rows, gradient = images[:, :, 0, 0], target[:, :3]
@@ -412,15 +426,44 @@ def test_compiled_and_without_weights_over_processes(processes: list[dict[str, A
     assert_same(joined([case["compiled"] for case in processes]), train(layer, rows, gradient))
 
 
+@pytest.mark.slow
 def test_the_variance_survives_a_large_mean(processes: list[dict[str, Any]]) -> None:
     exact = by_definition(off_centre().double(), (32,), nn.BatchNorm2d(3).double())[2]
     torch.testing.assert_close(processes[0]["off centre"]["running_var"].double(), 0.9 + 0.1 * exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_half_precision_and_memory_format_over_processes(processes: list[dict[str, Any]]) -> None:
     assert processes[0]["half"] == (torch.bfloat16, torch.bfloat16, torch.float32, True, True)
 
 
+@pytest.mark.slow
+def test_on_gpus_the_whole_batch_is_torchs_own_layer(processes: list[dict[str, Any]]) -> None:
+    for case in processes:
+        assert case["on gpu"] == (True, True, False)
+        assert case["on gpu again"] == [4, 4]
+
+
+def work_on_gpu(rank: int, folder: str) -> None:
+    """One of two processes that share a GPU."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    images, target = (share(rows, rank, SHARES).cuda() for rows in whole_batch())
+    model = tiny_resnet().cuda()
+    set_batch_norm_group(model, 0)
+    found = {name: tensor.cpu() for name, tensor in train(model, images, target).items()}
+    dist.destroy_process_group()
+    torch.save(found, Path(folder, f"{rank}.pt"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_whole_batch_of_two_processes_on_a_gpu_is_that_of_one(tmp_path: Path) -> None:
+    mp.spawn(work_on_gpu, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert_same(joined(found), train(tiny_resnet(), *whole_batch()))
+
+
+@pytest.mark.slow
 def test_one_value_on_all_processes_is_refused_by_all(processes: list[dict[str, Any]]) -> None:
     for case in processes:
         assert "more than 1 value per channel" in case["one value"]

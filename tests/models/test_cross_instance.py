@@ -1,4 +1,4 @@
-"""X-ReID's modules against loops, and who may look at whom."""
+"""X-ReID's modules against loops, and which images an image may attend to."""
 
 import math
 from typing import Any
@@ -69,7 +69,7 @@ def tokens_of(feature_map: Tensor) -> list[Tensor]:
     return [feature_map[:, row, column] for row in range(3) for column in range(2)]
 
 
-def test_intra_reads_the_other_images_of_the_identity() -> None:
+def test_intra_attends_to_the_other_images_of_the_identity() -> None:
     module = shaken(IntraX)
     embedding, maps, labels = batch()
     out = module(embedding, maps, labels)
@@ -82,7 +82,7 @@ def test_intra_reads_the_other_images_of_the_identity() -> None:
     assert torch.allclose(out.bn_embedding, module.neck(out.embedding))
 
 
-def test_intra_never_reads_the_anchor_itself_or_another_identity() -> None:
+def test_intra_never_attends_to_the_anchor_itself_or_another_identity() -> None:
     module = shaken(IntraX)
     embedding, maps, labels = batch()
     maps.requires_grad_()
@@ -90,8 +90,8 @@ def test_intra_never_reads_the_anchor_itself_or_another_identity() -> None:
     for anchor in range(len(LABELS)):
         (gradient,) = torch.autograd.grad(out[anchor].sum(), maps, retain_graph=True)
         for other, label in enumerate(LABELS):
-            may_read = label == LABELS[anchor] and other != anchor
-            assert (gradient[other].abs().sum() > 0).item() == may_read
+            may_attend = label == LABELS[anchor] and other != anchor
+            assert (gradient[other].abs().sum() > 0).item() == may_attend
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2], [5], [0, 0, 1, 2]], ids=["K = 1", "batch of one", "some alone"])
@@ -123,26 +123,26 @@ def test_without_a_negative_inter_is_not_valid() -> None:
 
 def test_hardest_pairs_are_those_of_the_distances() -> None:
     embedding, _, labels = batch()
-    positives, negatives, valid = hardest_pairs(embedding, labels)
+    hardest = hardest_pairs(embedding, labels)
     for anchor, own in enumerate(LABELS):
         distances = [math.dist(embedding[anchor].tolist(), row) for row in embedding.tolist()]
         same = [other for other, label in enumerate(LABELS) if label == own and other != anchor]
         rest = [other for other, label in enumerate(LABELS) if label != own]
-        assert valid[anchor].item() == bool(same and rest)
+        assert hardest.valid[anchor].item() == bool(same and rest)
         if same:
-            assert positives[anchor].item() == max(same, key=distances.__getitem__)
-            assert negatives[anchor].item() == min(rest, key=distances.__getitem__)
+            assert hardest.positive[anchor].item() == max(same, key=distances.__getitem__)
+            assert hardest.negative[anchor].item() == min(rest, key=distances.__getitem__)
 
 
-def test_inter_reads_the_hardest_positive_and_negative() -> None:
+def test_inter_attends_to_the_hardest_positive_and_negative() -> None:
     module = shaken(InterX)
     embedding, maps, labels = batch()
     out = module(embedding, maps, labels)
     assert torch.allclose(out.masses.sum(dim=1), torch.ones(len(LABELS), dtype=torch.float64))
-    positives, negatives, valid = hardest_pairs(embedding, labels)
-    assert valid.sum() == 5
-    for anchor in valid.nonzero().flatten().tolist():
-        tokens = tokens_of(maps[positives[anchor]]) + tokens_of(maps[negatives[anchor]])
+    hardest = hardest_pairs(embedding, labels)
+    assert hardest.valid.sum() == 5
+    for anchor in hardest.valid.nonzero().flatten().tolist():
+        tokens = tokens_of(maps[hardest.positive[anchor]]) + tokens_of(maps[hardest.negative[anchor]])
         expected, attention = cross_attend(embedding[anchor], tokens, module.block)
         assert torch.allclose(out.embedding[anchor], expected)
         mass = sum(sum(weights[:6]) for weights in attention) / HEADS
@@ -169,9 +169,9 @@ def test_losses_train_every_parameter(small_vit: VitTrunk, assert_all_trained: A
     out = model(torch.randn(8, 3, 64, 32, dtype=torch.float64), torch.arange(8) % 3)
     maps = join_maps(out.maps)
     first, second = intra(out.embeddings[0], maps, labels), inter(out.embeddings[0], maps, labels)
-    necked = (out.bn_embeddings[0], first.bn_embedding, second.bn_embedding)
+    bn_embeddings = (out.bn_embeddings[0], first.bn_embedding, second.bn_embedding)
     loss = (
-        smoothed_cross_entropy(heads(necked), labels, valid=first.valid & second.valid)
+        smoothed_cross_entropy(heads(bn_embeddings), labels, valid=first.valid & second.valid)
         + batch_hard_soft_margin(first.embedding, labels)
         + cosine_distillation(out.embeddings[0], first.embedding, first.valid)
         + attention_mass_loss(second.masses, second.valid)
@@ -179,16 +179,16 @@ def test_losses_train_every_parameter(small_vit: VitTrunk, assert_all_trained: A
     assert_all_trained(loss, model, intra, inter, heads, floor=1e-10)
 
 
-def test_the_attention_mass_alone_trains_where_to_look() -> None:
+def test_the_attention_mass_alone_trains_the_attention() -> None:
     module = shaken(InterX)
     embedding, maps, labels = batch([0, 0, 1, 1, 2, 2])
     before = module(embedding, maps, labels).masses[:, 0].mean().item()
-    optimiser = torch.optim.Adam([module.block.query.weight, module.block.key.weight], lr=0.02)
+    optimizer = torch.optim.Adam([module.block.query.weight, module.block.key.weight], lr=0.02)
     for _ in range(60):
         out = module(embedding, maps, labels)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         attention_mass_loss(out.masses, out.valid).backward()
-        optimiser.step()
+        optimizer.step()
     assert module(embedding, maps, labels).masses[:, 0].mean().item() > before + 0.1
 
 

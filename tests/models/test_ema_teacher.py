@@ -14,7 +14,7 @@ def network() -> nn.Module:
 
 
 def train_a_step(student: nn.Module) -> None:
-    """Change parameters and running statistics."""
+    """Changes parameters and running statistics."""
     student(torch.randn(5, 3, 4, 4) + 1)
     with torch.no_grad():
         for parameter in student.parameters():

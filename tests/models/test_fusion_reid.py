@@ -22,6 +22,18 @@ from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk
 
 DIM, HEADS = 12, 3
+VARIANTS: list[dict[str, Any]] = [
+    {"lru_kernel": 3},
+    {"lru_kernel": 3, "shared_encoder": False},
+    {"lru": False},
+    {"layers": 0},
+    {"layers": 0, "lru": False},
+    {"seu": False},
+    {"seu": False, "layers": 1},
+    {"mfu": False},
+    {"mfu": False, "shared_encoder": False},
+    {"mfu": False, "layers": 1, "lru": False},
+]
 
 
 def layer_norm(tokens: Tensor, norm: Any) -> Tensor:
@@ -58,7 +70,7 @@ def encode(tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
     return layer_norm(tokens, unit.norm)
 
 
-def read_other(query: Tensor, tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
+def attend_other(query: Tensor, tokens: Tensor, unit: Any, heads: int = HEADS) -> Tensor:
     """The mutual fusion unit by its definition."""
     q = layer_norm(query, unit.norm_query) @ unit.query.weight.T
     k = layer_norm(tokens, unit.norm_key) @ unit.key.weight.T
@@ -68,7 +80,9 @@ def read_other(query: Tensor, tokens: Tensor, unit: Any, heads: int = HEADS) -> 
 
 
 def refine(feature_map: Tensor, unit: Any) -> Tensor:
-    """The local refinement unit by its definition, in training mode, cell by cell."""
+    """The local refinement unit, or the projection in its place, in training mode, cell by cell."""
+    if isinstance(unit, nn.Conv2d):
+        return torch.einsum("bchw,dc->bdhw", feature_map, unit.weight[:, :, 0, 0]) + unit.bias[:, None, None]
     rows, columns = feature_map.shape[2:]
     kernel = unit.depthwise.weight.shape[-1]
     half = kernel // 2
@@ -98,12 +112,12 @@ def prelu(feature_map: Tensor, layer: Any) -> Tensor:
     return torch.where(feature_map > 0, feature_map, layer.weight * feature_map)
 
 
-def generalised_mean(feature_map: Tensor, power: Tensor) -> Tensor:
+def generalized_mean(feature_map: Tensor, power: Tensor) -> Tensor:
     return feature_map.clamp(min=1e-6).pow(power).mean(dim=(2, 3)).pow(1 / power)
 
 
 def shake(model: nn.Module) -> None:
-    """Move every parameter off its start, so that no zero or one hides a mistake."""
+    """Changes every parameter, so that no initial zero or one hides a mistake."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -130,7 +144,7 @@ def test_mutual_fusion_unit() -> None:
     unit = MutualFusionUnit(DIM, HEADS).double()
     shake(unit)
     query, tokens = torch.randn(2, 1, DIM, dtype=torch.float64), torch.randn(2, 6, DIM, dtype=torch.float64)
-    assert torch.allclose(unit(query, tokens), read_other(query, tokens, unit))
+    assert torch.allclose(unit(query, tokens), attend_other(query, tokens, unit))
 
 
 def test_mutual_fusion_unit_ignores_the_order_of_the_tokens() -> None:
@@ -148,8 +162,8 @@ def test_heterogenous_transmission_module(shared: bool) -> None:
     cnn = encode(torch.cat([queries[0], cnn_tokens], dim=1), module.seu[0])
     transformer = encode(torch.cat([queries[1], transformer_tokens], dim=1), module.seu[0 if shared else 1])
     out = module(queries[0], queries[1], cnn_tokens, transformer_tokens)
-    assert torch.allclose(out[0], read_other(cnn[:, :1], transformer[:, 1:], module.mfu_cnn))
-    assert torch.allclose(out[1], read_other(transformer[:, :1], cnn[:, 1:], module.mfu_transformer))
+    assert torch.allclose(out[0], attend_other(cnn[:, :1], transformer[:, 1:], module.mfu_cnn))
+    assert torch.allclose(out[1], attend_other(transformer[:, :1], cnn[:, 1:], module.mfu_transformer))
     assert len(module.seu) == (1 if shared else 2)
 
 
@@ -173,11 +187,21 @@ def test_every_parameter_of_each_block_is_trained(name: str, assert_all_trained:
     assert_all_trained((out * torch.randn_like(out)).sum(), module)
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_the_stack_reads_the_refined_tokens_again_at_every_module(
-    small_cnn: CnnTrunk, small_vit: VitTrunk, layers: int
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": 1},
+        {"layers": 3},
+        {"layers": 2, "lru": False},
+        {"layers": 2, "seu": False},
+        {"layers": 2, "mfu": False},
+    ],
+    ids=str,
+)
+def test_every_module_of_the_stack_attends_to_the_refined_tokens(
+    small_cnn: CnnTrunk, small_vit: VitTrunk, settings: dict[str, Any]
 ) -> None:
-    model: Any = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=layers).double()
+    model: Any = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings).double()
     shake(model.htm)
     images, camera_ids = torch.randn(3, 3, 64, 32, dtype=torch.float64), torch.tensor([0, 1, -1])
     # Running statistics move with every forward pass in training mode, its output does not depend on them.
@@ -185,16 +209,22 @@ def test_the_stack_reads_the_refined_tokens_again_at_every_module(
     cnn_map = small_cnn(images)
     class_token, transformer_map = small_vit(images, camera_ids)
     cnn_refined, transformer_refined = refine(cnn_map, model.lru_cnn), refine(transformer_map, model.lru_transformer)
-    cnn_query = generalised_mean(cnn_refined, model.gem["cnn_query"].power)
-    transformer_query = generalised_mean(transformer_refined, model.gem["transformer_query"].power)
+    cnn_query = generalized_mean(cnn_refined, model.gem["cnn_query"].power)
+    transformer_query = generalized_mean(transformer_refined, model.gem["transformer_query"].power)
     cnn, transformer = cnn_query[:, None], transformer_query[:, None]
     for htm in model.htm:
-        cnn_encoded = encode(torch.cat([cnn, cnn_refined.flatten(2).mT], dim=1), htm.seu[0])
-        transformer_encoded = encode(torch.cat([transformer, transformer_refined.flatten(2).mT], dim=1), htm.seu[0])
-        cnn = read_other(cnn_encoded[:, :1], transformer_encoded[:, 1:], htm.mfu_cnn)
-        transformer = read_other(transformer_encoded[:, :1], cnn_encoded[:, 1:], htm.mfu_transformer)
+        cnn_encoded = torch.cat([cnn, cnn_refined.flatten(2).mT], dim=1)
+        transformer_encoded = torch.cat([transformer, transformer_refined.flatten(2).mT], dim=1)
+        if settings.get("seu", True):
+            cnn_encoded, transformer_encoded = (
+                encode(tokens, htm.seu[0]) for tokens in (cnn_encoded, transformer_encoded)
+            )
+        cnn, transformer = cnn_encoded[:, :1], transformer_encoded[:, :1]
+        if settings.get("mfu", True):
+            cnn = attend_other(cnn, transformer_encoded[:, 1:], htm.mfu_cnn)
+            transformer = attend_other(transformer, cnn_encoded[:, 1:], htm.mfu_transformer)
     expected = {
-        "cnn": generalised_mean(cnn_map, model.gem["cnn"].power),
+        "cnn": generalized_mean(cnn_map, model.gem["cnn"].power),
         "transformer": class_token,
         "cnn_query": cnn_query,
         "transformer_query": transformer_query,
@@ -208,11 +238,15 @@ def test_the_stack_reads_the_refined_tokens_again_at_every_module(
     assert torch.allclose(out.maps[1], transformer_refined)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_six_losses_train_every_parameter(
-    small_cnn: CnnTrunk, small_vit: VitTrunk, shared: bool, assert_all_trained: Any, freeze_statistics: Any
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_the_losses_of_all_outputs_train_every_parameter(
+    small_cnn: CnnTrunk,
+    small_vit: VitTrunk,
+    settings: dict[str, Any],
+    assert_all_trained: Any,
+    freeze_statistics: Any,
 ) -> None:
-    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, shared_encoder=shared, lru_kernel=3))
+    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings))
     classifiers = Classifiers(model.output_widths, 4).double()
     labels = torch.arange(4).repeat_interleave(2)
     images = torch.randn(8, 3, 64, 32, dtype=torch.float64)
@@ -225,6 +259,51 @@ def test_six_losses_train_every_parameter(
     assert_all_trained(loss, model, classifiers, floor=1e-10)
 
 
+@pytest.mark.parametrize("settings", VARIANTS, ids=str)
+def test_no_loss_depends_on_what_is_frozen(small_cnn: CnnTrunk, small_vit: VitTrunk, settings: dict[str, Any]) -> None:
+    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings)).double()
+    shake(model)
+    images = torch.randn(4, 3, 64, 32, dtype=torch.float64)
+    before = model(images)
+    with torch.no_grad():
+        for name, parameter in model.backbone.named_parameters():
+            if name.startswith(("lru", "htm")) and not parameter.requires_grad:
+                parameter.add_(torch.rand_like(parameter))
+    after = model(images)
+    for first, second in zip(before.embeddings, after.embeddings, strict=True):
+        assert torch.allclose(torch.cdist(first, first), torch.cdist(second, second), atol=1e-6)
+    for first, second in zip(before.bn_embeddings, after.bn_embeddings, strict=True):
+        assert torch.allclose(first, second, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_switch_removes_the_parameters_of_its_part_and_no_others(
+    small_cnn: CnnTrunk, small_vit: VitTrunk, shared: bool
+) -> None:
+    def keys(**settings: Any) -> set[str]:
+        model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, shared_encoder=shared, **settings)
+        return set(model.state_dict())
+
+    everything = keys()
+    assert everything - keys(seu=False) == {key for key in everything if ".seu." in key}
+    assert everything - keys(mfu=False) == {key for key in everything if ".mfu_" in key}
+    assert everything - keys(layers=0) == {key for key in everything if key.startswith("htm.")}
+    assert {key for key in keys(lru=False) if key.startswith("lru")} == {
+        f"lru_{branch}.{kind}" for branch in ("cnn", "transformer") for kind in ("weight", "bias")
+    }
+    assert {key for key in everything if not key.startswith("lru")} < keys(lru=False)
+    for settings in ({"seu": False}, {"mfu": False}, {"layers": 0}):
+        assert keys(**settings) < everything
+
+
+def test_without_transmission_modules_there_are_four_outputs(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
+    model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=0).eval()
+    with torch.no_grad():
+        out = model(torch.randn(1, 3, 64, 32))
+    assert model.output_names == ("cnn", "transformer", "cnn_query", "transformer_query")
+    assert [tuple(vector.shape) for vector in out.vectors] == [(1, width) for width in model.output_widths]
+
+
 @pytest.mark.parametrize("camera_ids", [None, torch.tensor([2]), torch.tensor([99])])
 def test_batch_of_one_of_any_camera(small_cnn: CnnTrunk, small_vit: VitTrunk, camera_ids: Tensor | None) -> None:
     model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS).eval()
@@ -235,7 +314,7 @@ def test_batch_of_one_of_any_camera(small_cnn: CnnTrunk, small_vit: VitTrunk, ca
     assert model.map_channels == 2 * DIM
 
 
-def test_an_image_is_embedded_alike_alone_and_in_a_batch(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
+def test_an_image_has_the_same_embeddings_alone_and_in_a_batch(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
     model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS).eval()
     images = torch.randn(3, 3, 64, 32)
     with torch.no_grad():
@@ -244,8 +323,11 @@ def test_an_image_is_embedded_alike_alone_and_in_a_batch(small_cnn: CnnTrunk, sm
 
 
 def test_impossible_settings_are_refused(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
-    with pytest.raises(UserError, match="1 to 6 transmission modules, got 0"):
-        FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=0)
+    for layers in (-1, 7):
+        with pytest.raises(UserError, match=f"0 to 6 transmission modules, got {layers}"):
+            FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=layers)
+    with pytest.raises(UserError, match="needs seu or mfu, got neither"):
+        FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, seu=False, mfu=False)
     with pytest.raises(UserError, match="width 12 of FusionReID must be a multiple of its 5 heads"):
         FusionReID(small_cnn, small_vit, dim=DIM, heads=5)
     with pytest.raises(UserError, match="must be odd, got 2"):

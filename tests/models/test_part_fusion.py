@@ -21,7 +21,6 @@ from uda_reid.models.part_fusion import (
     split_parts,
 )
 from uda_reid.models.plain import PlainCnn
-from uda_reid.models.pooling import GeM
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk
 
@@ -72,7 +71,7 @@ def test_more_parts_than_rows_are_refused(parts: int) -> None:
         split_parts(torch.randn(1, 3, 4, 2), parts)
 
 
-def standardise(columns: Tensor, weight: Tensor) -> Tensor:
+def standardize(columns: Tensor, weight: Tensor) -> Tensor:
     mean = columns.mean(dim=0)
     variance = (columns - mean).square().mean(dim=0)
     return (columns - mean) / (variance + 1e-5).sqrt() * weight
@@ -86,7 +85,7 @@ def test_part_embedding_is_linear_and_normed() -> None:
         average = [math.fsum(grid.flatten().tolist()) / 8 for grid in image]
         maximum = [max(grid.flatten().tolist()) for grid in image]
         rows.append(module.linear.weight @ torch.tensor(average + maximum, dtype=torch.float64))
-    assert torch.allclose(module(pool_part(part)), standardise(torch.stack(rows), module.norm.weight))
+    assert torch.allclose(module(pool_part(part)), standardize(torch.stack(rows), module.norm.weight))
 
 
 def test_fusion_module_multiplies_the_pooled_part_into_the_teachers_map() -> None:
@@ -105,10 +104,10 @@ def test_fusion_module_multiplies_the_pooled_part_into_the_teachers_map() -> Non
             grid = [attention * value for value in teacher_map[image, channel].flatten()]
             channels.append(sum(grid) / len(grid) + max(grid))
         fused.append(torch.stack(channels))
-    assert torch.allclose(module(pool_part(part), teacher_map), standardise(torch.stack(fused), module.norm.weight))
+    assert torch.allclose(module(pool_part(part), teacher_map), standardize(torch.stack(fused), module.norm.weight))
 
 
-def test_a_part_that_is_empty_of_a_channel_silences_it() -> None:
+def test_a_channel_that_is_zero_in_the_part_is_zero_in_the_fused_feature() -> None:
     module = FusionModule(8).eval()
     part = torch.rand(2, 8, 2, 3)
     part[:, 3] = 0
@@ -120,7 +119,7 @@ def test_a_part_that_is_empty_of_a_channel_silences_it() -> None:
 @pytest.fixture(params=["cnn", "hybrid"])
 def student(request: pytest.FixtureRequest, small_cnn: CnnTrunk, small_vit: VitTrunk) -> PartReIDModel:
     hybrid = request.param == "hybrid"
-    backbone = FusionReID(small_cnn, small_vit, dim=12, heads=3) if hybrid else PlainCnn(small_cnn, GeM())
+    backbone = FusionReID(small_cnn, small_vit, dim=12, heads=3) if hybrid else PlainCnn(small_cnn)
     return PartReIDModel(ReIDModel(backbone), parts=2)
 
 
@@ -129,14 +128,15 @@ def test_student_output(student: PartReIDModel) -> None:
     images = torch.randn(1, 3, 64, 32)
     out = student(images)
     reid = student.reid(images)
-    assert torch.equal(out.embedding, torch.cat(reid.embeddings, dim=1))
-    assert torch.equal(out.bn_embedding, torch.cat(reid.bn_embeddings, dim=1))
+    for field in ("embeddings", "bn_embeddings"):
+        for found, expected in zip(getattr(out, field), getattr(reid, field), strict=True):
+            assert torch.equal(found, expected)
     assert torch.equal(out.feature_map, join_maps(reid.maps))
     assert out.feature_map.shape == (1, student.map_channels, 4, 2)
     for part, rows in enumerate((slice(0, 2), slice(2, 4))):
-        average, maximum = out.part_vectors[part]
-        assert torch.allclose(average, out.feature_map[:, :, rows].mean(dim=(2, 3)))
-        assert torch.equal(maximum, out.feature_map[:, :, rows].amax(dim=(2, 3)))
+        pooled = out.pooled_parts[part]
+        assert torch.allclose(pooled.average, out.feature_map[:, :, rows].mean(dim=(2, 3)))
+        assert torch.equal(pooled.maximum, out.feature_map[:, :, rows].amax(dim=(2, 3)))
         assert out.part_embeddings[part].shape == (1, student.map_channels)
 
 
@@ -145,9 +145,37 @@ def test_descriptor_gives_every_level_the_same_weight(student: PartReIDModel) ->
     out = student.eval()(torch.randn(3, 3, 64, 32))
     descriptor = student.descriptor(out)
     assert descriptor.shape == (3, student.descriptor_size)
-    levels = [out.embedding, *out.part_embeddings]
+    levels = [torch.cat(out.embeddings, dim=1), *out.part_embeddings]
+    assert torch.equal(student.global_feature(out), levels[0])
     expected = [torch.cat([level[row] / level[row].norm() for level in levels]) / math.sqrt(3) for row in range(3)]
     assert torch.allclose(descriptor, torch.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("neck_feature", ["before", "after"])
+def test_chosen_outputs_and_neck_hold_for_the_adapted_descriptor(
+    small_cnn: CnnTrunk, small_vit: VitTrunk, neck_feature: str
+) -> None:
+    reid = ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3), ["transformer", "cnn_query"], neck_feature)
+    student = PartReIDModel(reid, parts=2)
+    student(torch.randn(8, 3, 64, 32))  # moves the running statistics, so that the necks are not the identity
+    out = student.eval()(torch.randn(3, 3, 64, 32))
+    chosen = out.embeddings if neck_feature == "before" else out.bn_embeddings
+    expected = torch.cat([chosen[1], chosen[2]], dim=1)
+    assert torch.equal(student.global_feature(out), expected)
+    descriptor = student.descriptor(out)
+    assert descriptor.shape == (3, student.descriptor_size)
+    width = reid.descriptor_size
+    assert torch.allclose(
+        descriptor[:, :width] * math.sqrt(3), expected / expected.norm(dim=1, keepdim=True), atol=1e-5
+    )
+
+
+def test_without_parts_the_descriptor_is_that_of_the_model(small_cnn: CnnTrunk) -> None:
+    student = PartReIDModel(ReIDModel(PlainCnn(small_cnn)), parts=0).eval()
+    images = torch.randn(2, 3, 64, 32)
+    assert student.descriptor_size == student.reid.descriptor_size
+    expected = student.reid.descriptor(student.reid(images))
+    assert torch.allclose(student.descriptor(student(images)), expected, atol=1e-6)
 
 
 def test_losses_train_every_parameter_of_student_and_fusion_modules(
@@ -159,14 +187,15 @@ def test_losses_train_every_parameter_of_student_and_fusion_modules(
     images = torch.randn(8, 3, 64, 32, dtype=torch.float64)
     with torch.no_grad():
         teacher_map = student(images, torch.arange(8) % 3).feature_map
-    # The trunk's and necks' statistics stand still, the parts' and fusion modules' norms run as in training.
+    # The trunk's and necks' statistics are fixed, the parts' and fusion modules' norms run as in training.
     freeze_statistics(student.reid)
     out = student(images, torch.arange(8) % 3)
-    classifiers = Classifiers.from_centroids(torch.randn(4, student.embedding_size).double())
-    loss = smoothed_cross_entropy(classifiers((out.bn_embedding,)), labels) + batch_hard_soft_margin(
-        out.embedding, labels
-    )
-    for local, fused in zip(out.part_embeddings, fusion(out.part_vectors, teacher_map), strict=True):
+    widths = student.reid.output_widths
+    classifiers = Classifiers.from_centroids(torch.randn(4, sum(widths)).double(), widths)
+    loss = smoothed_cross_entropy(classifiers(out.bn_embeddings), labels)
+    for embedding in out.embeddings:
+        loss = loss + batch_hard_soft_margin(embedding, labels)
+    for local, fused in zip(out.part_embeddings, fusion(out.pooled_parts, teacher_map), strict=True):
         loss = loss + 0.25 * batch_hard_soft_margin(local, labels) + 0.25 * batch_hard_soft_margin(fused, labels)
     assert_all_trained(loss, student, fusion, classifiers, floor=1e-10)
 
@@ -176,9 +205,9 @@ def test_mixed_precision_gives_finite_gradients(student: PartReIDModel) -> None:
     labels = torch.arange(2).repeat_interleave(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = student(torch.randn(4, 3, 64, 32))
-        fused = fusion(out.part_vectors, out.feature_map.detach())
+        fused = fusion(out.pooled_parts, out.feature_map.detach())
         loss = torch.stack(
-            [batch_hard_soft_margin(each, labels) for each in (out.embedding, *out.part_embeddings, *fused)]
+            [batch_hard_soft_margin(each, labels) for each in (*out.embeddings, *out.part_embeddings, *fused)]
         ).sum()
     loss.backward()
     assert loss.dtype == torch.float32
@@ -190,12 +219,12 @@ def test_mixed_precision_gives_finite_gradients(student: PartReIDModel) -> None:
 
 
 def test_parts_without_the_fused_triplet_leave_the_fusion_modules_untrained(small_cnn: CnnTrunk) -> None:
-    """What each half of the part loss is for: the local one alone does not reach the fusion module."""
-    student = PartReIDModel(ReIDModel(PlainCnn(small_cnn, GeM())))
+    """Why the part loss has two halves: the local one alone does not reach the fusion module."""
+    student = PartReIDModel(ReIDModel(PlainCnn(small_cnn)))
     fusion = FusionModules(student.map_channels, parts=2)
     labels = torch.arange(2).repeat_interleave(2)
     out = student(torch.randn(4, 3, 64, 32))
-    fused = fusion(out.part_vectors, out.feature_map.detach())
+    fused = fusion(out.pooled_parts, out.feature_map.detach())
     batch_hard_soft_margin(fused[0], labels).backward(retain_graph=True)
     assert all(
         parameter.grad is not None and parameter.grad.norm() > 0 for parameter in fusion.parts[0].mlp.parameters()

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from uda_reid import settings
+from uda_reid.errors import UserError
 from uda_reid.models.bnneck import BNNeck
-from uda_reid.models.pooling import AveragePool, GeM
+from uda_reid.models.pooling import POOLINGS, AverageMaxPool, AveragePool, GeM, make_pooling
 
 
 @pytest.mark.parametrize("power", [1.0, 3.0, 4.5])
-def test_gem_is_the_generalised_mean_of_each_channel(power: float) -> None:
+def test_gem_is_the_generalized_mean_of_each_channel(power: float) -> None:
     feature_map = torch.randn(2, 3, 4, 2, dtype=torch.float64)
     pooled = GeM(power).double()(feature_map)
     for image in range(2):
@@ -52,7 +54,26 @@ def test_average_pool_is_the_mean() -> None:
     assert torch.allclose(AveragePool()(feature_map), expected, atol=1e-6)
 
 
-def test_bnneck_standardises_without_a_shift() -> None:
+def test_average_max_pool_is_the_sum_of_both() -> None:
+    feature_map = torch.randn(2, 3, 5, 2)
+    for image, row in zip(feature_map, AverageMaxPool()(feature_map), strict=True):
+        for grid, pooled in zip(image.flatten(1).tolist(), row.tolist(), strict=True):
+            assert pooled == pytest.approx(math.fsum(grid) / 10 + max(grid), abs=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gem", GeM), ("avg", AveragePool), ("avg+max", AverageMaxPool)])
+def test_a_pooling_is_chosen_by_name(name: str, kind: type) -> None:
+    assert type(make_pooling(name)) is kind
+    assert make_pooling(name)(torch.randn(2, 3, 5, 2)).shape == (2, 3)
+
+
+def test_every_pooling_is_a_setting_and_others_are_refused() -> None:
+    assert tuple(POOLINGS) == settings.POOLINGS
+    with pytest.raises(UserError, match=r"one of gem, avg, avg\+max, got 'max'"):
+        make_pooling("max")
+
+
+def test_bnneck_standardizes_without_a_shift() -> None:
     neck = BNNeck(4).double()
     embedding = 3 + 2 * torch.randn(16, 4, dtype=torch.float64)
     out = neck(embedding)

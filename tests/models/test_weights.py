@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from uda_reid.errors import UserError
 from uda_reid.models.trunks import cnn_trunk, vit_trunk
+from uda_reid.models.weights import check_state_dict
 
 CNN = {"channels": (4, 6, 8, 10)}
 VIT = {"embed_dim": 12, "depth": 1, "num_heads": 2}
@@ -65,9 +66,28 @@ def test_another_architecture_is_refused_with_counts_and_first_names(tmp_path: P
     with pytest.raises(UserError) as caught:
         cnn_trunk("resnet18", weights=str(tmp_path / "weights.pth"), options=CNN)
     message = str(caught.value)
+    assert f"of the model in {tmp_path / 'weights.pth'}, got" in message
     assert "2 missing (first layer4.1.bn2.bias)" in message
     assert "1 unexpected (first extra.weight)" in message
     assert "1 of another shape (first conv1.weight, [64, 3, 3, 3] for [64, 3, 7, 7])" in message
+
+
+def test_state_dicts_are_compared_by_names_and_shapes_and_on_demand_by_dtypes() -> None:
+    expected = {"a": torch.zeros(2, 3), "b": torch.zeros(4), "c": torch.zeros(())}
+    stored = {"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.int64), "c": torch.ones(())}
+    check_state_dict(stored, expected, what="x", remedy="y")
+    with pytest.raises(UserError) as caught:
+        check_state_dict(stored, expected, what="the optimizer", remedy="start over", check_dtype=True)
+    assert str(caught.value) == (
+        "Expected the 3 tensors of the optimizer, got 1 of another shape or dtype (first b, int64 [4] for "
+        "float32 [4]): start over."
+    )
+    with pytest.raises(UserError) as caught:
+        check_state_dict({"b": torch.zeros(5), "d": expected["a"]}, expected, what="the model", remedy="start over")
+    assert str(caught.value) == (
+        "Expected the 3 tensors of the model, got 2 missing (first a), 1 unexpected (first d), 1 of another shape "
+        "(first b, [5] for [4]): start over."
+    )
 
 
 @pytest.mark.parametrize("other", ["resnet18", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"])

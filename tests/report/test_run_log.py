@@ -94,7 +94,7 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path) -> No
 def test_a_resumed_run_keeps_its_folder_and_a_second_process_is_refused(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run")
     log.append({"epoch": 1})
-    with pytest.raises(UserError, match="locked by another process"):
+    with pytest.raises(UserError, match="being written by another process"):
         RunLog(tmp_path / "run", resumed=True)
     del log
     resumed = RunLog(tmp_path / "run", resumed=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uda_reid.retrieval.checks import FeatureError
+from uda_reid.errors import UserError
 from uda_reid.retrieval.ranking import RetrievalMetrics, evaluate_ranking
 
 Set = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -88,7 +88,7 @@ def test_by_hand() -> None:
 
 def test_a_distractor_matches_nobody() -> None:
     features = torch.eye(2)
-    with pytest.raises(FeatureError, match="at least one query must have"):
+    with pytest.raises(UserError, match="At least one query must have"):
         evaluate_ranking(
             features[:1], torch.tensor([0]), torch.tensor([1]), features, torch.tensor([0, 0]), torch.tensor([2, 3])
         )
@@ -112,11 +112,11 @@ def test_length_of_features_does_not_matter() -> None:
 
 def test_refuses_what_has_no_answer() -> None:
     query, gallery = random_set(3, 0, 1), random_set(9, 1, 1)
-    with pytest.raises(FeatureError, match="at least one query must have"):
+    with pytest.raises(UserError, match="At least one query must have"):
         evaluate_ranking(query[0], query[1] + 100, query[2], *gallery)
-    with pytest.raises(FeatureError, match="query features, identities and cameras must be as many"):
+    with pytest.raises(UserError, match="query features, identities and cameras must be of one number"):
         evaluate_ranking(query[0], query[1][:2], query[2], *gallery)
     broken = query[0].clone()
     broken[2, 1] = float("nan")
-    with pytest.raises(FeatureError, match="query features must be finite, but row 2"):
+    with pytest.raises(UserError, match="query features must be finite, but row 2"):
         evaluate_ranking(broken, *query[1:], *gallery)

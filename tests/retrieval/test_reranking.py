@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uda_reid.retrieval.checks import FeatureError
+from uda_reid.errors import UserError
 from uda_reid.retrieval.ranking import evaluate_ranking
 from uda_reid.retrieval.reranking import rerank
 
@@ -86,5 +86,5 @@ def test_ranking_takes_it_in_chunks() -> None:
 @pytest.mark.parametrize("settings", [{"k1": 3, "k2": 4}, {"k2": 0}, {"lambda_value": 1.5}])
 def test_refuses_settings_out_of_range(settings: dict[str, float]) -> None:
     query, gallery = (torch.from_numpy(part) for part in scene(3, 9, 0))
-    with pytest.raises(FeatureError, match=r"must be between .* got"):
+    with pytest.raises(UserError, match=r"must be between .* got"):
         rerank(query, gallery, **settings)

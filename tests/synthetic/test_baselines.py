@@ -1,4 +1,4 @@
-"""The domains are hard enough: without learning, the nearest neighbour is seldom the same person."""
+"""The domains are hard enough: without learning, the nearest neighbour is rarely the same person."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def mean_average_precision(query: Split, gallery: Split, describe) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(DOMAINS))
 def test_pixels_and_colours_stay_below_30_map(name: str, tmp_path: Path) -> None:
-    # The test split does not hang on the number of training identities, and two of them are quicker to draw.
+    # The test split does not depend on the number of training identities, and two of them are quicker to draw.
     out = write_domain(name, tmp_path / name, train_identities=2)
     query, gallery = read(out / "query"), read(out / "bounding_box_test")
     assert len(set(query[1])) == DOMAINS[name].test_identities

@@ -1,4 +1,4 @@
-"""Each setting of a camera does to the light what its name says."""
+"""Each setting of a camera has the effect of its name."""
 
 from io import BytesIO
 
@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from uda_reid.synthetic import DOMAINS
-from uda_reid.synthetic.backgrounds import Place
+from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera, encode, expose
 from uda_reid.synthetic.canvas import HEIGHT, WIDTH
 
-PLACE = Place((120, 120, 120), (90, 90, 90), 0.5, "brick", (150, 90, 70), (90, 90, 90), ())
+SCENERY = Scenery((120, 120, 120), (90, 90, 90), 0.5, "brick", (150, 90, 70), (90, 90, 90), ())
 CLEAN = {"exposure_spread": 0.0, "vignette": 0.0, "blur": 0.0, "noise": 0.0}
 
 
@@ -23,7 +23,7 @@ def light() -> np.ndarray:
 
 
 def shot(light: np.ndarray, **settings: object) -> np.ndarray:
-    camera = Camera(PLACE, **{**CLEAN, **settings})
+    camera = Camera(SCENERY, **{**CLEAN, **settings})
     return np.asarray(expose(light, camera, np.random.default_rng(0))).astype(np.float64)
 
 
@@ -47,12 +47,12 @@ def test_no_saturation_is_grey(light: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("softening", [{"blur": 2.0}, {"resolution": 0.3}, {"haze": 0.5}])
-def test_blur_low_resolution_and_haze_take_contrast(light: np.ndarray, softening: dict[str, float]) -> None:
+def test_blur_low_resolution_and_haze_lower_the_contrast(light: np.ndarray, softening: dict[str, float]) -> None:
     assert shot(light, **softening).std(axis=(0, 1)).max() < 0.8 * shot(light).std(axis=(0, 1)).max()
     assert shot(light, **softening).shape == (HEIGHT, WIDTH, 3)
 
 
-def test_noise_has_the_strength_that_was_asked_for(light: np.ndarray) -> None:
+def test_noise_has_the_strength_of_the_setting(light: np.ndarray) -> None:
     flat = np.full_like(light, 120)
     assert shot(flat, noise=8.0).std() == pytest.approx(8.0, rel=0.1)
 

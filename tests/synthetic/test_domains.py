@@ -1,4 +1,4 @@
-"""Domains keep what the documentation promises of them, and their pictures vary as it says."""
+"""Domains are as documented, and their pictures vary with every argument."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("domain", DOMAINS.values(), ids=lambda domain: domain.name)
-def test_sizes_promised(domain) -> None:
+def test_documented_sizes(domain) -> None:
     assert len(domain.cameras) >= 4
     assert domain.train_identities >= 150
     assert domain.test_identities >= 100
@@ -37,8 +37,8 @@ def test_cameras_see_people_from_different_sides(domain) -> None:
 def test_scenes(domain) -> None:
     pictures = []
     for camera in domain.cameras:
-        assert set(camera.place.props) <= set(PROPS)
-        scene = draw_scene(camera.place, np.random.default_rng(0))
+        assert set(camera.scenery.props) <= set(PROPS)
+        scene = draw_scene(camera.scenery, np.random.default_rng(0))
         assert scene.image.size == (SCENE_WIDTH, SCENE_HEIGHT)
         pictures.append(np.asarray(scene.image).mean(axis=(0, 1)))
         for column, feet in ((0, 0.45), (1, 1), (0.5, 0.7)):
@@ -47,9 +47,9 @@ def test_scenes(domain) -> None:
     assert min(distances) > 2
 
 
-def test_a_place_is_drawn_anew_for_another_seed() -> None:
-    place = DOMAINS["plaza"].cameras[0].place
-    one, same, other = (draw_scene(place, np.random.default_rng(seed)).image.tobytes() for seed in (0, 0, 1))
+def test_another_seed_gives_another_scene() -> None:
+    scenery = DOMAINS["plaza"].cameras[0].scenery
+    one, same, other = (draw_scene(scenery, np.random.default_rng(seed)).image.tobytes() for seed in (0, 0, 1))
     assert one == same
     assert one != other
 

@@ -1,4 +1,4 @@
-"""A figure stands on the ground, and some of its details are seen from one side alone."""
+"""A figure stands on the ground, and some of its details are visible from one side only."""
 
 from dataclasses import replace
 from math import pi
@@ -21,7 +21,7 @@ FEET = (WIDTH * SCALE / 2, HEIGHT * SCALE * 0.93)
 
 @pytest.fixture
 def plain() -> Person:
-    """Somebody without any detail that only one side shows."""
+    """A person without details that only one side shows."""
     person = sample_person(DOMAINS["plaza"].wardrobe, np.random.default_rng(0))
     shirt, trousers = Garment("shirt", (200, 200, 60)), Garment("trousers", (60, 60, 120))
     return replace(
@@ -73,7 +73,7 @@ def test_a_backpack_is_on_the_back(plain: Person) -> None:
 @pytest.mark.parametrize(("side", "near", "far"), [(1, LEFT, RIGHT), (-1, RIGHT, LEFT)])
 @pytest.mark.parametrize("kind", ["shoulder", "handbag"])
 def test_a_bag_hangs_on_one_side(plain: Person, kind: str, side: int, near: float, far: float) -> None:
-    """Somebody who faces the picture's left turns the left side to the camera."""
+    """A person who faces the left of the picture turns the left side to the camera."""
     person = replace(plain, bag=Bag(kind, MAGENTA, (10, 10, 10), side))
     assert amount(person, near) > 1.5 * amount(person, far)
 

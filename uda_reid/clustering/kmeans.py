@@ -1,32 +1,31 @@
-"""k-means, for the ablation against DBSCAN (the released code of LF2 clusters so, with 700 clusters)."""
+"""k-means, for the ablation against DBSCAN (the released code of LF2 uses it, with 700 clusters)."""
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from uda_reid.retrieval.checks import FeatureError, normalised
+from uda_reid.errors import UserError
 
 
-def kmeans(features: Tensor, clusters: int, seed: int) -> Tensor:
-    """Splits L2-normalised features into a given number of clusters; no point is left out.
+def kmeans(rows: Tensor, clusters: int, seed: int) -> Tensor:
+    """Returns the labels of a given number of clusters; no point is an outlier.
 
     Args:
-        features: [N, D] float.
+        rows: [N, D] float32, L2-normalized.
         clusters: number of clusters, 1..N.
-        seed: of the starting centres.
+        seed: of the initial centers.
 
     Returns:
         [N] int64 on the CPU, numbered by first appearance, every number from 0 used.
 
     Raises:
-        FeatureError: if there are fewer points than clusters.
+        UserError: there are fewer points than clusters.
     """
-    if not 1 <= clusters <= len(features):
-        raise FeatureError(f"clusters must be between 1 and the number of features ({len(features)}), got {clusters}.")
-    bank = normalised(features).cpu().numpy()
-    labels = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit_predict(bank)
+    if not 1 <= clusters <= len(rows):
+        raise UserError(f"clusters must be between 1 and the number of features ({len(rows)}), got {clusters}.")
+    labels = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit_predict(rows.cpu().numpy())
     _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[first.argsort()] = np.arange(len(first))
-    return torch.from_numpy(rank[inverse])
+    number = np.empty(len(first), dtype=np.int64)
+    number[first.argsort()] = np.arange(len(first))
+    return torch.from_numpy(number[inverse])

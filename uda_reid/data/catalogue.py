@@ -1,6 +1,6 @@
-"""Finds a data set by its key or folder, reads it, and compares its counts with the published ones."""
+"""The known data sets: opens one by its key or folder and compares its counts with the published ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,14 +14,14 @@ from uda_reid.errors import UserError
 
 
 class Reader(Protocol):
-    """Reads one folder layout."""
+    """Reads a data set in one layout of folders."""
 
     def __call__(self, folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset: ...
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Published sizes of a data set; the training identities can only be counted where labels are read."""
+    """Published sizes of a data set; training identities are compared only if the labels are read."""
 
     train_ids: int
     train: int
@@ -32,7 +32,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class Entry:
-    """One known data set: the folder names it goes by under the data root, its reader and its published counts."""
+    """One known data set.
+
+    Attributes:
+        folders: its usual names under the data root, the first that exists being used.
+        layout: what `reader` expects, for error messages.
+        remark: a clause for the error message when the data set is not found.
+    """
 
     title: str
     folders: tuple[str, ...]
@@ -43,7 +49,7 @@ class Entry:
 
 
 MSMT17_COUNTS = Counts(1041, 32621, 11659, 82161, 15)
-DUKE_REMARK = " (its authors withdrew it in 2019, so it is only read where a copy is at hand already)"
+DUKE_REMARK = " (its authors withdrew it in 2019, so it can only be read from a copy that you already have)"
 CATALOGUE: dict[str, Entry] = {
     "market": Entry(
         "Market-1501", ("Market-1501-v15.09.15", "Market-1501", "market1501"), Counts(751, 12936, 3368, 15913, 6)
@@ -58,16 +64,16 @@ CATALOGUE: dict[str, Entry] = {
 
 
 def open_dataset(key: str, root: Path, *, labelled_train: bool, embedded: tuple[str, ...] = ()) -> ReIDDataset:
-    """Reads the data set that a key, or the path of a folder in the Market-1501 layout, names.
+    """Reads a data set by its key, or from a folder in the Market-1501 layout.
 
     Args:
-        key: a key of CATALOGUE or a folder.
-        root: the data root, under which the keyed data sets lie.
+        key: a key of CATALOGUE, or the path of a folder.
+        root: the data root, which holds the folders of the known data sets.
         labelled_train: False leaves the training identities unread.
-        embedded: domains that need no data at hand, for the error message.
+        embedded: names of the embedded domains, for error messages.
 
     Raises:
-        UserError: nothing is found under that name, or what is found cannot be read.
+        UserError: the data set is not found or cannot be read.
     """
     entry = CATALOGUE.get(key)
     if entry is None:
@@ -75,28 +81,28 @@ def open_dataset(key: str, root: Path, *, labelled_train: bool, embedded: tuple[
     found = [root / folder for folder in entry.folders if (root / folder).is_dir()]
     if not found:
         raise UserError(
-            f"Looked for {entry.title} as {' or '.join(entry.folders)} under {root} and found none{entry.remark}; it "
-            f"must hold {entry.layout}; give --data-root or set UDA_REID_DATA, or use an embedded domain, which needs "
-            f"no download: {', '.join(embedded)}."
+            f"{entry.title} is expected as {' or '.join(entry.folders)} with {entry.layout}, but {root} holds no such "
+            f"folder{entry.remark}; give --data-root, set UDA_REID_DATA, or use an embedded domain, which needs no "
+            f"download: {', '.join(embedded)}."
         )
     dataset = entry.reader(found[0], key, labelled_train=labelled_train)
     notes = dataset.notes + tuple(_differences(dataset, entry, labelled_train))
     if len(found) > 1:
         others = ", ".join(folder.name for folder in found[1:])
-        notes += (f"{root} holds more than one {entry.title}: {found[0].name} is used, {others} is not.",)
-    return ReIDDataset(dataset.name, dataset.folder, dataset.train, dataset.test, notes)
+        notes += (f"{root} holds several copies of {entry.title}: {found[0].name} is used, {others} is ignored.",)
+    return replace(dataset, notes=notes)
 
 
 def _open_folder(key: str, labelled_train: bool, embedded: tuple[str, ...]) -> ReIDDataset:
     folder = Path(key)
     if not folder.is_dir():
         raise UserError(
-            f"There is no data set '{key}': expected one of {', '.join(CATALOGUE)}, an embedded domain "
-            f"({', '.join(embedded)}), or the path of a folder with {LAYOUT}."
+            f"A data set must be one of {', '.join(CATALOGUE)}, an embedded domain ({', '.join(embedded)}), or the "
+            f"path of a folder with {LAYOUT}, got '{key}'."
         )
     if not (folder / TRAIN).is_dir():
         raise UserError(
-            f"The folder {folder} has no {TRAIN}/ in it; a data set needs {LAYOUT}, and an embedded domain "
+            f"The folder {folder} has no {TRAIN}/; a data set needs {LAYOUT}, and an embedded domain "
             f"({', '.join(embedded)}) needs no folder."
         )
     return read_market1501(folder, key, labelled_train=labelled_train)
@@ -117,7 +123,7 @@ def _differences(dataset: ReIDDataset, entry: Entry, labelled_train: bool) -> li
         compared.append(("query images", counts.query, len(dataset.test.query)))
         compared.append(("gallery images", counts.gallery, len(dataset.test.gallery)))
     return [
-        f"{entry.title} in {dataset.folder} has {found:,} {what}, where {expected:,} were published."
+        f"{entry.title} in {dataset.folder} has {found:,} {what}, but {expected:,} were published."
         for what, expected, found in compared
         if found != expected
     ]

@@ -1,6 +1,6 @@
 """The Market-1501 layout: three folders of images whose names hold identity and camera.
 
-Also the layout of DukeMTMC-reID, CUHK03-np and the embedded domains, and the one in which users bring their own crops.
+DukeMTMC-reID, CUHK03-np, the embedded domains and folders of a user's own crops have the same layout.
 """
 
 import re
@@ -20,7 +20,7 @@ _CAMERA = re.compile(r"(?:^|_)c(\d+)")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files directly in a folder, by name; other files are passed over, as Market-1501's own Thumbs.db."""
+    """Returns the image files of a folder by name; others, such as Market-1501's own Thumbs.db, are ignored."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
@@ -28,14 +28,14 @@ def read_split(folder: Path, *, labelled: bool) -> Records:
     """Reads one folder of the layout.
 
     Args:
-        labelled: False takes the camera from the names and leaves every identity UNKNOWN, unread; names then need no
-            identity (c3_000017.jpg will do).
+        labelled: False reads only the cameras and leaves all identities UNKNOWN; names then need no identity, as in
+            c3_000017.jpg.
 
     Raises:
-        UserError: the folder is absent or has no image, or names do not follow the layout.
+        UserError: the folder is missing, has no image, or holds names that do not follow the layout.
     """
     if not folder.is_dir():
-        raise UserError(f"Expected the folder {folder}, which is not there; a data set needs {LAYOUT}.")
+        raise UserError(f"The folder {folder} is missing; a data set needs {LAYOUT}.")
     paths = image_files(folder)
     if not paths:
         raise UserError(f"The folder {folder} holds no image ({', '.join(sorted(SUFFIXES))}); it needs {LAYOUT}.")
@@ -45,8 +45,8 @@ def read_split(folder: Path, *, labelled: bool) -> Records:
     if strange:
         expected = "0002_c1s1_000451_03.jpg (identity_cCAMERA...)" if labelled else "c3_000017.jpg (cCAMERA...)"
         raise UserError(
-            f"{len(strange)} of {len(paths)} file names in {folder} cannot be read, the first being '{strange[0]}'; "
-            f"rename them like {expected}, or move them away."
+            f"File names in {folder} must be like {expected}, but {len(strange)} of {len(paths)} are not, the first "
+            f"being '{strange[0]}'; rename them or move them away."
         )
     found = [match for match in matches if match is not None]
     person_ids = [int(match[1]) for match in found] if labelled else [UNKNOWN] * len(found)
@@ -56,8 +56,7 @@ def read_split(folder: Path, *, labelled: bool) -> Records:
 def read_market1501(folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset:
     """Reads a data set in the Market-1501 layout.
 
-    A test split that is absent, empty or without labels is no error: there is then nothing to evaluate on, and a note
-    says so.
+    A test split that is missing, empty or without labels is no error: `test` is then None, and a note says why.
 
     Args:
         labelled_train: False leaves the training identities unread (the target of an adaptation).
@@ -67,8 +66,8 @@ def read_market1501(folder: Path, name: str, *, labelled_train: bool) -> ReIDDat
         train = train.select(train.person_ids != UNKNOWN)
         if len(train) == 0:
             raise UserError(
-                f"No image in {folder / TRAIN} has a known identity, so there is nothing to train a source model "
-                "on; an unlabelled folder can be the --target of adapt."
+                f"A source needs images of known identity, but {folder / TRAIN} holds none; an unlabelled folder can "
+                "be the --target of adapt."
             )
     test, note = _read_test(folder)
     return ReIDDataset(name, folder, train, test, (note,) if note else ())
@@ -77,14 +76,14 @@ def read_market1501(folder: Path, name: str, *, labelled_train: bool) -> ReIDDat
 def _read_test(folder: Path) -> tuple[TestSplit | None, str]:
     for split in (QUERY, GALLERY):
         if not (folder / split).is_dir() or not image_files(folder / split):
-            return None, f"{folder} has no test split ({split}/ is absent or empty), so no accuracy can be reported."
+            return None, f"{folder} has no test split ({split}/ is missing or empty), so no accuracy can be reported."
     for split in (QUERY, GALLERY):
         if not any(_LABELLED.search(path.name) for path in image_files(folder / split)):
-            return None, f"{folder / split} has no labels in its file names, so no accuracy can be reported."
+            return None, f"{folder / split} has no identities in its file names, so no accuracy can be reported."
     query = read_split(folder / QUERY, labelled=True)
     gallery = read_split(folder / GALLERY, labelled=True)
     query = query.select(query.person_ids > 0)
     gallery = gallery.select(gallery.person_ids != UNKNOWN)
     if not np.isin(query.person_ids, gallery.person_ids).any():
-        return None, f"No query identity of {folder} stands in its gallery, so no accuracy can be reported."
+        return None, f"No query identity of {folder} occurs in its gallery, so no accuracy can be reported."
     return TestSplit(query, gallery), ""

@@ -1,11 +1,11 @@
-"""MSMT17, versions 1 and 2 (the second masks faces), by the lists that come with it."""
+"""MSMT17, versions 1 and 2 (which masks faces), read by the lists that come with it."""
 
 from pathlib import Path
 
 from uda_reid.data.records import UNKNOWN, Records, ReIDDataset, TestSplit, make_records
 from uda_reid.errors import UserError
 
-# Version 2 renamed the image folders along with the masking, which is how the two are told apart.
+# The versions are told apart by their image folders, which version 2 renamed.
 FOLDERS = {"V1": ("train", "test"), "V2": ("mask_train_v2", "mask_test_v2")}
 LAYOUT = (
     "list_train.txt, list_val.txt, list_query.txt and list_gallery.txt beside train/ and test/ (V1) or "
@@ -14,22 +14,21 @@ LAYOUT = (
 
 
 def version_of(folder: Path) -> str:
-    """ "V1" or "V2", by the image folders that are there.
+    """Returns "V1" or "V2", by the names of the image folders.
 
     Raises:
-        UserError: neither version's folders are there.
+        UserError: the folder holds the image folders of neither version.
     """
     for version, splits in FOLDERS.items():
         if all((folder / split).is_dir() for split in splits):
             return version
-    raise UserError(f"{folder} is not MSMT17: expected {LAYOUT}.")
+    raise UserError(f"MSMT17 needs {LAYOUT}, but {folder} has the image folders of neither version; check the folder.")
 
 
 def read_msmt17(folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset:
-    """Reads MSMT17; training is train + val, as published results have it.
+    """Reads MSMT17; the training split is train + val, as in published results.
 
-    Identities are numbered from 0 in the lists; they are shifted by one here, since 0 is a distractor in the
-    retrieval protocol.
+    The lists number identities from 0. They are shifted by one, since 0 is a distractor in the retrieval protocol.
 
     Raises:
         UserError: a list or an image folder is missing, or a line cannot be read.
@@ -49,7 +48,7 @@ def read_msmt17(folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset
 
 def _read_list(path: Path, images: Path, labelled: bool) -> Records:
     if not path.is_file():
-        raise UserError(f"Expected the list {path}, which is not there; MSMT17 needs {LAYOUT}.")
+        raise UserError(f"The list {path} is missing; MSMT17 needs {LAYOUT}.")
     paths, person_ids, camera_ids = [], [], []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -60,11 +59,13 @@ def _read_list(path: Path, images: Path, labelled: bool) -> Records:
             person = int(label) + 1 if labelled else UNKNOWN
         except (ValueError, IndexError) as error:
             raise UserError(
-                f"Line {number} of {path} cannot be read: expected '0000/0000_000_01_0303morning_0008_0.jpg 0' (file "
-                f"and identity), got '{line[:80]}'."
+                f"Line {number} of {path} must hold a file and an identity, as in "
+                f"'0000/0000_000_01_0303morning_0008_0.jpg 0', got '{line[:80]}'; restore the list."
             ) from error
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise UserError(f"Line {number} of {path} points outside the data set: '{file[:80]}'.")
+            raise UserError(
+                f"Line {number} of {path} names a file outside the data set, '{file[:80]}'; restore the list."
+            )
         paths.append(images / file)
         person_ids.append(person)
         camera_ids.append(camera)

@@ -1,4 +1,4 @@
-"""Whom an image looks at, given a hard positive and a hard negative at once."""
+"""Loss on the attention of an anchor to a hard positive and a hard negative."""
 
 import torch
 import torch.nn.functional as F
@@ -6,14 +6,14 @@ from torch import Tensor
 
 
 def attention_mass_loss(masses: Tensor, valid: Tensor) -> Tensor:
-    """Make attention prefer the same identity over another that looks alike.
+    """Penalizes attention on the negative relative to attention on the positive.
 
     Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
     https://arxiv.org/abs/2302.02075; the logistic form is this package's reading of it:
 
         mean over valid anchors of log(1 + mass on negative / mass on positive)
 
-    which is log 2 where the two are looked at alike and 0 where only the positive is.
+    which is log 2 where both get the same attention and 0 where only the positive gets any.
 
     Args:
         masses: [B, 2] float in [0, 1], attention on the positive and on the negative.

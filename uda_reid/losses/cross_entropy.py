@@ -1,4 +1,4 @@
-"""Classification loss over every output of a model."""
+"""Label-smoothed cross-entropy over all outputs of a model."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor
 def smoothed_cross_entropy(
     logits: Sequence[Tensor], labels: Tensor, *, smoothing: float = 0.1, valid: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy against softened labels, which keeps a classifier from growing sure of few images.
+    """Cross-entropy with label smoothing, which keeps a classifier from overfitting few images.
 
     Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7,
     https://arxiv.org/abs/1512.00567:
@@ -21,10 +21,10 @@ def smoothed_cross_entropy(
         logits: [B, M] float for each output.
         labels: [B] int64 in [0, M).
         smoothing: in [0, 1).
-        valid: [B] bool, images that count; None is all. Where none does, the loss is 0 and its gradient too.
+        valid: [B] bool, images to count; None for all.
 
     Returns:
-        Scalar float32 or wider, at least 0, summed over the outputs.
+        Scalar float32 or wider, at least 0, summed over the outputs; 0 with a zero gradient where no image is valid.
     """
     wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in logits]
     if valid is None:

@@ -1,4 +1,4 @@
-"""Pull a feature towards a better one that does not move."""
+"""Distillation of one feature into another."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cosine_distillation(embedding: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Turn each embedding towards its target, as retrieval compares directions and not lengths.
+    """Cosine distance of each embedding to its target, as retrieval compares directions and not lengths.
 
     Shen et al., "X-ReID: Cross-Instance Transformer for Identity-Level Person Re-Identification",
     https://arxiv.org/abs/2302.02075; the cosine is this package's reading of it:

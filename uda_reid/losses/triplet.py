@@ -8,24 +8,23 @@ from uda_reid.retrieval.pairwise import euclidean_distances
 
 
 def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
-    """Pull each anchor to its farthest image of the same identity and push it from its nearest other one.
+    """Triplet loss of each anchor with its farthest positive and its nearest negative.
 
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", Eq. 5 and section 3.3,
     https://arxiv.org/abs/1703.07737:
 
         mean over anchors of softplus(max d(anchor, positive) - min d(anchor, negative)), d Euclidean
 
-    Anchors without another image of their identity, or without an image of another one, are left out; where none
-    remains the loss is 0 and its gradient too.
+    Anchors without another image of their identity, or without an image of another identity, are left out.
 
     Args:
-        embeddings: [B, D] float, before the neck, not normalised.
+        embeddings: [B, D] float, before the neck, not normalized.
         labels: [B] int64.
 
     Returns:
-        Scalar float32 or wider, at least 0.
+        Scalar float32 or wider, at least 0; 0 with a zero gradient where no anchor is left.
     """
-    # Squared lengths leave the range of float16, and distances between near images its precision.
+    # Squared norms exceed the range of float16, and distances between near images need more precision.
     with torch.autocast(embeddings.device.type, enabled=False):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         distances = euclidean_distances(wide, wide)
@@ -34,6 +33,6 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
     hardest_positive = distances.masked_fill(~positive, 0).amax(dim=1)
     hardest_negative = distances.masked_fill(same, torch.finfo(distances.dtype).max).amin(dim=1)
     usable = positive.any(dim=1) & ~same.all(dim=1)
-    # Masks instead of indexing: the number of usable anchors never has to be read back from the device.
+    # Masks instead of indexing: the number of usable anchors is never read back from the device.
     losses = F.softplus(hardest_positive - hardest_negative) * usable
     return losses.sum() / usable.sum().clamp(min=1)

@@ -48,9 +48,9 @@ def set_batch_norm_group(module: nn.Module, group: int) -> None:
             f"The group of batch norm must be 0, for the whole batch, or at least 2 images, got {group}: change it."
         )
     norms = {path: layer for path, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
-    own = group == 0 and world_size() == 1
+    torchs_own = group == 0 and world_size() == 1
     for path, norm in norms.items():
-        if not own and _plain_type(norm) not in _GROUPED:
+        if not torchs_own and _plain_type(norm) not in _GROUPED:
             raise UserError(
                 f"Expected batch norms of type BatchNorm1d or BatchNorm2d to group, got {type(norm).__name__} at "
                 f"{path or 'the top'!r}: choose another network, or group 0 on one process."
@@ -58,7 +58,7 @@ def set_batch_norm_group(module: nn.Module, group: int) -> None:
     for norm in norms.values():
         plain = _plain_type(norm)
         vars(norm).pop("group", None)
-        if own:
+        if torchs_own:
             norm.__class__ = plain
         elif group == 0 and _is_on_gpu(norm):
             norm.__class__ = _SYNCED[plain]
@@ -143,7 +143,7 @@ class GroupedBatchNorm(_BatchNorm):
 
 
 _PLAIN: tuple[type[_BatchNorm], ...] = (nn.BatchNorm1d, nn.BatchNorm2d, BNNeck)
-# Class attributes rather than the constructor's, as only the class of a layer changes.
+# As only the class of a layer changes, no constructor sets `process_group`; None stands for all processes.
 _GROUPED = {kind: type(f"Grouped{kind.__name__}", (GroupedBatchNorm, kind), {}) for kind in _PLAIN}
 _SYNCED = {kind: type(f"Sync{kind.__name__}", (nn.SyncBatchNorm, kind), {"process_group": None}) for kind in _PLAIN}
 

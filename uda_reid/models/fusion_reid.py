@@ -162,7 +162,8 @@ class HeterogenousTransmissionModule(nn.Module):
 class FusionReID(nn.Module):
     """Dual-branch feature extraction and dual-attention mutual fusion, section 3 of the paper.
 
-    Differs from the paper: biases that no loss depends on are frozen. `shared_encoder=False` is the released default.
+    Differs from the paper: parameters that no loss on the vectors depends on are frozen. `shared_encoder=False` is the
+    released default.
 
     Args:
         cnn: trunk of the convolutional branch.
@@ -219,6 +220,9 @@ class FusionReID(nn.Module):
             )
             for index in range(layers)
         )
+        if lru and not layers:
+            # This slope scales negative values only, which GeM clamps, and without HTM no vector has another source.
+            _freeze(self, "lru_cnn.act_pointwise.weight", "lru_transformer.act_pointwise.weight")
         fused = ("cnn_fused", "transformer_fused") if layers else ()
         self.output_names = ("cnn", "transformer", "cnn_query", "transformer_query", *fused)
         self.output_widths = (cnn.channels, transformer.channels, dim, dim, *(dim for _ in fused))

@@ -118,7 +118,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError as error:
         os.close(handle)
         raise UserError(
-            f"The run {folder} is locked by another process that writes it; wait until that process ends or stop it."
+            f"The run {folder} is being written by another process; wait until that process ends or stop it."
         ) from error
     return handle
 

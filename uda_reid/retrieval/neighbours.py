@@ -1,4 +1,4 @@
-"""The k nearest neighbours of every row of a bank, the first and quadratic stage of clustering."""
+"""The k nearest neighbors of every row of a bank, the first and quadratic stage of clustering and re-ranking."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,92 +6,93 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval import faiss_search
-from uda_reid.retrieval.bank import RankingKeys
-from uda_reid.retrieval.checks import FeatureError, normalised
-from uda_reid.retrieval.exact_search import OnProgress, default_budget, search_rows
-from uda_reid.retrieval.precision import full_precision
-from uda_reid.retrieval.symmetric_search import search_symmetric
+from uda_reid.errors import UserError
+from uda_reid.retrieval.search import faiss_search
+from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, search_rows
+from uda_reid.retrieval.search.float32_matmul import float32_matmul
+from uda_reid.retrieval.search.similarity import RankingKeys
+from uda_reid.retrieval.search.symmetric import search_symmetric
+from uda_reid.settings import SEARCH_BACKENDS
 
-BACKENDS = ("auto", "torch", "faiss", "ivf")
-# From here on a CPU needs an hour or so for an exact search, and `auto` takes inverted lists.
+# From here on an exact search takes a CPU about an hour, and "auto" takes inverted lists.
 INVERTED_FROM = 1_000_000
 
 
 class Neighbours(NamedTuple):
-    """Nearest neighbours of N points, the point itself first.
+    """The nearest neighbors N(i, k) of N points, the point itself first.
 
-    indices: [N, k] int64, by falling similarity, ties by rising index.
-    similarities: [N, k] float32 cosines, the first column one.
+    Attributes:
+        indices: [N, k] int64, by falling cosine, ties by rising index.
+        similarities: [N, k] float32 cosines, the first column one.
     """
 
     indices: Tensor
     similarities: Tensor
 
 
-@full_precision()
+@float32_matmul()
 def nearest_neighbours(
-    features: Tensor,
+    rows: Tensor,
     k: int,
     *,
     backend: str = "auto",
-    device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     on_progress: OnProgress | None = None,
     on_recall: Callable[[float], None] | None = None,
 ) -> Neighbours:
-    """Finds the k most similar rows of each row.
+    """Returns the k most similar rows of each row.
 
-    "torch" and "faiss" are exact and equal to the last bit: by float64 cosines to 2^-40, ties by index, whatever the
-    device and the blocks. "ivf" is faiss with inverted lists, which finds nearly all; its recall is measured each time.
+    "torch" and "faiss" are exact and equal to the last bit: they sort by float64 cosines to 2^-40, ties by index,
+    whatever the device and the block size. "ivf" is faiss with inverted lists, which finds most; its recall is measured
+    each time.
 
     Args:
-        features: [N, D] float; normalised here, so any length will do.
-        k: at least 1; above N it gives N columns.
-        backend: one of BACKENDS; "auto" is "torch", but "ivf" on a CPU from INVERTED_FROM rows on with faiss there.
-        device: where to search; that of `features` by default.
-        budget_bytes: for what is held beside the bank and the result; `exact_search.default_budget` by default.
-        on_progress: told the fraction done.
-        on_recall: told the share of true neighbours that "ivf" found; not called by the exact backends.
+        rows: [N, D] float32, L2-normalized, on the device to search on.
+        k: 1 or more; above N it gives N columns.
+        backend: one of `settings.SEARCH_BACKENDS`; see `choose_backend`.
+        budget_bytes: for temporary arrays; `blockwise.default_budget` by default.
+        on_progress: receives the fraction done.
+        on_recall: receives the share of true neighbors that "ivf" found; not called by the exact backends.
 
     Returns:
-        Neighbours with min(k, N) columns, on `device`.
+        Neighbours with min(k, N) columns, on the device of `rows`.
 
     Raises:
-        FeatureError: for features without a direction (see `normalised`), k below 1 or a backend that is not there.
+        UserError: k is below 1, or the backend is unknown or not installed.
     """
     if k < 1:
-        raise FeatureError(f"k must be at least 1, got {k}.")
-    bank = normalised(features if device is None else features.to(device))
-    k = min(k, len(bank))
-    backend = choose_backend(backend, len(bank), bank.device)
-    keys = RankingKeys(len(bank))
-    budget = default_budget(bank.device) if budget_bytes is None else budget_bytes
+        raise UserError(f"k must be 1 or more, got {k}.")
+    n, device = len(rows), rows.device
+    k, keys = min(k, n), RankingKeys(n)
+    backend = choose_backend(backend, n, device)
+    budget = default_budget(device) if budget_bytes is None else budget_bytes
     if backend == "ivf":
-        found, recall = faiss_search.search_inverted(bank, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
+        found, recall = faiss_search.search_inverted(rows, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
         if on_recall is not None:
             on_recall(recall)
     elif backend == "faiss":
-        found = faiss_search.search_flat(bank, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
-    elif bank.device.type == "cpu":
-        found = search_symmetric(bank, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
+        found = faiss_search.search_flat(rows, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
+    elif device.type == "cpu":
+        found = search_symmetric(rows, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
     else:
-        numbers = torch.arange(len(bank), device=bank.device)
-        found = search_rows(bank, bank, numbers, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
+        row_ids = torch.arange(n, device=device)
+        found = search_rows(rows, rows, row_ids, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
     return Neighbours(*keys.decode(found))
 
 
 def choose_backend(backend: str, n: int, device: torch.device) -> str:
-    """The backend that a name stands for with n rows on a device.
+    """Returns the backend, never "auto", for n rows on a device.
+
+    "auto" is "torch", but "ivf" on a CPU from INVERTED_FROM rows on if faiss is installed.
 
     Raises:
-        FeatureError: if the name is unknown, or asks for faiss where it is not installed.
+        UserError: the backend is unknown, or needs faiss and faiss is not installed.
     """
-    if backend not in BACKENDS:
-        raise FeatureError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend not in SEARCH_BACKENDS:
+        raise UserError(f"backend must be one of {', '.join(SEARCH_BACKENDS)}, got '{backend}'.")
     if backend == "auto":
-        large = device.type == "cpu" and n >= INVERTED_FROM
-        return "ivf" if large and faiss_search.is_installed() else "torch"
+        is_large = device.type == "cpu" and n >= INVERTED_FROM
+        return "ivf" if is_large and faiss_search.is_installed() else "torch"
     if backend != "torch" and not faiss_search.is_installed():
-        raise FeatureError(f"backend {backend!r} needs faiss, which is not installed: install it, or take 'torch'.")
+        raise UserError(f"backend '{backend}' needs faiss, which is not installed; install it or use 'torch'.")
     return backend

@@ -1,14 +1,14 @@
-"""Distances between all rows of one small set and all rows of another."""
+"""Euclidean distances between the rows of two small sets."""
 
 import torch
 from torch import Tensor
 
 
 def euclidean_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distance of every row of `a` to every row of `b`, differentiable everywhere.
+    """Returns the Euclidean distance of every row of `a` to every row of `b`, differentiable everywhere.
 
     The square root has an infinite slope at zero, and a batch-hard triplet always meets it (each anchor with itself),
-    so pairs at distance zero are given the gradient zero.
+    so pairs at distance zero get the gradient zero.
 
     Args:
         a: [A, D] float.

@@ -10,23 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.checks import FeatureError, normalised
-from uda_reid.retrieval.precision import full_precision
+from uda_reid.errors import UserError
+from uda_reid.retrieval.normalize import normalize
+from uda_reid.retrieval.search.float32_matmul import float32_matmul
 
 JUNK = -1
-# Distances of queries start..stop-1 to the whole gallery, [stop - start, G].
+DISTRACTOR = 0
+# (start, stop) -> distances of queries start..stop-1 to the whole gallery, [stop - start, G].
 DistanceRows = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class RetrievalMetrics:
-    """Metrics in per cent over the queries that have a match.
+    """Metrics in percent over the queries that have a match.
 
-    mAP: mean over queries of the mean precision at the ranks of the matches.
-    rank1, rank5, rank10: share of queries with a match among the first 1, 5, 10.
-    mINP: mean of (matches) / (rank of the last match).
-    queries: queries counted.
-    queries_without_match: queries left out.
+    Attributes:
+        mAP: mean over queries of the mean precision at the ranks of the matches.
+        rank1, rank5, rank10: share of queries with a match among the first 1, 5, 10.
+        mINP: mean of (matches) / (rank of the last match).
+        queries: queries counted.
+        queries_without_match: queries left out.
     """
 
     mAP: float
@@ -38,17 +41,11 @@ class RetrievalMetrics:
     queries_without_match: int
 
     def as_dict(self) -> dict[str, float]:
-        """The five metrics by name."""
-        return {
-            "mAP": self.mAP,
-            "rank1": self.rank1,
-            "rank5": self.rank5,
-            "rank10": self.rank10,
-            "mINP": self.mINP,
-        }
+        """Returns the five metrics by name."""
+        return {name: getattr(self, name) for name in ("mAP", "rank1", "rank5", "rank10", "mINP")}
 
 
-@full_precision()
+@float32_matmul()
 def evaluate_ranking(
     query_features: Tensor,
     query_person_ids: Tensor,
@@ -60,26 +57,23 @@ def evaluate_ranking(
     chunk: int = 256,
     distances: DistanceRows | None = None,
 ) -> RetrievalMetrics:
-    """Ranks the gallery for each query by cosine (equally, by Euclidean distance of unit vectors) and scores the ranks.
+    """Returns the metrics of ranking the gallery for each query by cosine (or, the same, by Euclidean distance).
 
     A gallery image with the query's identity and camera is ignored for that query, one with identity -1 for all.
-    Identity 0 is a distractor: it matches no query, not even one of identity 0. Ties go by gallery index.
+    Identity 0 is a distractor: it matches no query, not even one of identity 0. Ties are ordered by gallery index.
 
     Args:
-        query_features: [Q, D] float, any length of row.
+        query_features: [Q, D] float, of any row norm.
         query_person_ids: [Q] int.
         query_camera_ids: [Q] int.
         gallery_features: [G, D] float.
         gallery_person_ids: [G] int.
         gallery_camera_ids: [G] int.
         chunk: queries ranked at a time; memory grows with chunk x G, not with Q x G.
-        distances: other distances to rank by (`reranking.rerank`); the features are then not read.
-
-    Returns:
-        The metrics.
+        distances: distances to rank by instead (`reranking.rerank`); the features are then not read.
 
     Raises:
-        FeatureError: if no query has a match, or sizes differ.
+        UserError: no query has a match, or sizes differ.
     """
     _check_sizes("query", query_features, query_person_ids, query_camera_ids)
     _check_sizes("gallery", gallery_features, gallery_person_ids, gallery_camera_ids)
@@ -93,13 +87,13 @@ def evaluate_ranking(
         gallery_people, gallery_cameras = gallery_person_ids.to(device), gallery_camera_ids.to(device)
         same = people[:, None] == gallery_people
         ignored = (same & (cameras[:, None] == gallery_cameras)) | (gallery_people == JUNK)
-        match = same & ~ignored & (gallery_people != 0)
+        match = same & ~ignored & (gallery_people != DISTRACTOR)
         scores.append(score_rows(distance, match, ignored).cpu())
     scored = torch.cat(scores)
     counted = scored[~scored[:, 0].isnan()]
     if len(counted) == 0:
-        raise FeatureError(
-            f"at least one query must have a gallery image of its identity from another camera, but none of "
+        raise UserError(
+            "At least one query must have a gallery image of its identity from another camera, but none of "
             f"{len(scored)} has one."
         )
     mean_precision, rank1, rank5, rank10, inverse_penalty = (100 * counted.mean(dim=0)).tolist()
@@ -109,7 +103,7 @@ def evaluate_ranking(
 
 
 def score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
-    """Scores of each query by itself.
+    """Returns the scores of each query by itself.
 
     Args:
         distance: [Q, G] float.
@@ -131,8 +125,8 @@ def score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
 
 
 def _cosine_rows(query_features: Tensor, gallery_features: Tensor) -> DistanceRows:
-    query = normalised(query_features, "query features")
-    gallery = normalised(gallery_features, "gallery features")
+    query = normalize(query_features, "query features")
+    gallery = normalize(gallery_features, "gallery features")
 
     def rows(start: int, stop: int) -> Tensor:
         return 1 - query[start:stop] @ gallery.T
@@ -142,7 +136,7 @@ def _cosine_rows(query_features: Tensor, gallery_features: Tensor) -> DistanceRo
 
 def _check_sizes(name: str, features: Tensor, person_ids: Tensor, camera_ids: Tensor) -> None:
     if not len(features) == len(person_ids) == len(camera_ids) or len(features) == 0:
-        raise FeatureError(
-            f"{name} features, identities and cameras must be as many, and at least one, got {len(features)}, "
+        raise UserError(
+            f"{name} features, identities and cameras must be of one number, 1 or more, got {len(features)}, "
             f"{len(person_ids)} and {len(camera_ids)}."
         )

@@ -1,4 +1,4 @@
-"""What a camera does to light: exposure, colour cast, lens, sensor, resolution and JPEG."""
+"""What a camera does to the light: exposure, colour cast, lens, sensor, resolution and JPEG."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -7,20 +7,20 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageFilter
 
-from uda_reid.synthetic.backgrounds import Place
+from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.canvas import HEIGHT, WIDTH
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A place and the camera in it. Angles in degrees; lengths in pixels of the finished image."""
+    """A camera and its scenery. Angles are in degrees, lengths in pixels of the finished image."""
 
-    place: Place
-    yaw: float = 0.0  # the way most people walk here: 0 towards the camera, 90 to the picture's right, 180 away
+    scenery: Scenery
+    yaw: float = 0.0  # direction in which most people walk: 0 towards the camera, 90 to the picture's right, 180 away
     yaw_spread: float = 22.0
-    turned: float = 0.15  # share of people who walk the other way
-    pitch: float = 10.0  # how far the camera looks down
-    light: float = 0.4  # side the light comes from, -1 left to 1 right
+    turned: float = 0.15  # fraction of people who walk the other way
+    pitch: float = 10.0  # angle by which the camera looks down
+    light: float = 0.4  # side of the light, from -1 (left) to 1 (right)
     shadow: float = 0.3  # strength of cast shadows, 0 to 1
     exposure: float = 1.0
     exposure_spread: float = 0.08
@@ -31,27 +31,25 @@ class Camera:
     vignette: float = 0.15
     blur: float = 0.3
     noise: float = 3.0  # standard deviation, 8-bit steps
-    resolution: float = 1.0  # share of the 128 x 64 pixels that the sensor resolved
+    resolution: float = 1.0  # fraction of the 128 x 64 pixels that the sensor resolves
     quality: int = 88  # JPEG
-    jitter: float = 0.05  # misplacement of the crop, as a share of its height
-    occlusion: float = 0.15  # share of images with something in front
+    jitter: float = 0.05  # misplacement of the crop, as a fraction of its height
+    occlusion: float = 0.15  # fraction of images with something in front of the person
 
 
 @lru_cache(maxsize=1)
 def _radius() -> np.ndarray:
-    """Squared distance from the middle, 0 there and 1 in the corners: [128, 64, 1] float32."""
+    """Returns [128, 64, 1] float32: the squared distance from the center, 1 in the corners."""
     rows = np.linspace(-1, 1, HEIGHT, dtype=np.float32)[:, None]
     columns = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None, :]
     return ((rows**2 + columns**2) / 2)[..., None]
 
 
 def expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> Image.Image:
-    """Turn a lit picture into what this camera would have recorded.
+    """Returns what the camera records of a lit picture, as an RGB image of 64 x 128 pixels (width x height).
 
     Args:
-        light: [128, 64, 3] float32, 0 to 255 and beyond.
-
-    Returns: an RGB image of 64 x 128 pixels (width x height).
+        light: [128, 64, 3] float32, 0 to 255 and above.
     """
     gains = np.array(camera.cast, dtype=np.float32) * np.float32(
         camera.exposure * np.exp(rng.normal(0, camera.exposure_spread))
@@ -64,7 +62,7 @@ def expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> Image
     if camera.gamma != 1:
         pixels = np.maximum(pixels, 0) ** np.float32(camera.gamma)
     pixels = pixels + np.float32(camera.haze) * (np.float32(0.62) - pixels)
-    # Highlights roll off instead of clipping: two very bright shirts stay different.
+    # Highlights are compressed, not clipped, so that two very bright shirts stay different.
     bright = pixels > 0.8
     pixels[bright] = 0.8 + 0.2 * np.tanh((pixels[bright] - 0.8) / 0.2)
     image = Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
@@ -82,7 +80,7 @@ def expose(light: np.ndarray, camera: Camera, rng: np.random.Generator) -> Image
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
-    """JPEG bytes of an image."""
+    """Returns the bytes of an image as JPEG."""
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from uda_reid.synthetic.backgrounds import Place
+from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
@@ -27,29 +27,29 @@ _camera = partial(Camera, shadow=0.12, saturation=0.8, haze=0.12, noise=4.0, blu
 
 CAMERAS = (
     _camera(
-        Place((112, 122, 84), (134, 120, 78), 0.0, "brick", (142, 84, 68), (206, 204, 196), ("tree", "bicycle"), 1.1),
+        Scenery((112, 122, 84), (134, 120, 78), 0.0, "brick", (142, 84, 68), (206, 204, 196), ("tree", "bicycle"), 1.1),
         yaw=5, light=-0.1, cast=(0.94, 1.0, 1.08), exposure=0.92, saturation=0.85,
     ),
     _camera(
-        Place((150, 150, 152), (120, 120, 124), 0.7, "glass", (100, 104, 110), (150, 166, 178), ("bicycle", "lamp"),
-              1.3),
+        Scenery((150, 150, 152), (120, 120, 124), 0.7, "glass", (100, 104, 110), (150, 166, 178), ("bicycle", "lamp"),
+                1.3),
         yaw=175, light=0.1, cast=(0.9, 1.0, 1.14), exposure=1.04, haze=0.16, noise=3.0, blur=0.85, pitch=14,
     ),
     _camera(
-        Place((140, 118, 84), (168, 128, 66), 0.0, "hedge", (112, 110, 56), (168, 120, 54), ("tree", "bench"), 1.0),
+        Scenery((140, 118, 84), (168, 128, 66), 0.0, "hedge", (112, 110, 56), (168, 120, 54), ("tree", "bench"), 1.0),
         yaw=90, light=0.2, cast=(1.04, 1.0, 0.94), exposure=0.84, saturation=0.9, haze=0.1, pitch=6,
     ),
     _camera(
-        Place((168, 160, 150), (132, 124, 116), 0.35, "brick", (170, 116, 88), (88, 92, 96), ("bicycle", "poster"),
-              1.4),
+        Scenery((168, 160, 150), (132, 124, 116), 0.35, "brick", (170, 116, 88), (88, 92, 96), ("bicycle", "poster"),
+                1.4),
         yaw=-85, light=-0.3, cast=(0.98, 0.98, 1.06), exposure=0.76, noise=5.0, blur=0.9, pitch=18,
     ),
     _camera(
-        Place((120, 128, 120), (96, 104, 96), 0.9, "facade", (176, 178, 170), (84, 100, 110), ("tree", "car"), 1.2),
+        Scenery((120, 128, 120), (96, 104, 96), 0.9, "facade", (176, 178, 170), (84, 100, 110), ("tree", "car"), 1.2),
         yaw=35, light=0.3, cast=(0.92, 1.04, 1.0), exposure=0.98, saturation=0.7, haze=0.18, resolution=0.75,
     ),
     _camera(
-        Place((132, 126, 122), (104, 98, 96), 0.5, "facade", (150, 132, 116), (70, 74, 86), ("car", "bench"), 1.5),
+        Scenery((132, 126, 122), (104, 98, 96), 0.5, "facade", (150, 132, 116), (70, 74, 86), ("car", "bench"), 1.5),
         yaw=-150, light=-0.2, cast=(1.06, 0.98, 0.92), exposure=0.88, noise=5.0, resolution=0.7, pitch=22,
     ),
 )  # fmt: skip

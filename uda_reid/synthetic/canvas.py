@@ -1,4 +1,4 @@
-"""The two layers that everything is drawn on: albedo (what colour a thing is) and shade (how much light reaches it)."""
+"""A canvas of two layers: albedo (the colours of things) and shade (the light that reaches them)."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from uda_reid.synthetic.person import Colour, Garment
 
-SCALE = 2  # drawn at twice the size and averaged down: Pillow's shapes have hard edges
+SCALE = 2  # drawn at twice the size and averaged, since Pillow's shapes have hard edges
 HEIGHT, WIDTH = 128, 64  # rows and columns of a finished image, as in Market-1501
 NEUTRAL = 128  # the shade value that leaves the albedo as it is
 TEXTURE = 192  # side of a garment texture, in canvas pixels
@@ -20,7 +20,7 @@ Ink = Colour | Garment
 
 @lru_cache(maxsize=64)
 def texture(garment: Garment) -> Image.Image:
-    """A square of cloth, pasted wherever the garment is drawn so that its pattern runs across seams."""
+    """Returns a square of cloth, from which each part of the garment is cut, so that patterns run across seams."""
     image = Image.new("RGB", (TEXTURE, TEXTURE), garment.colour)
     draw, pitch, accent = ImageDraw.Draw(image), garment.pitch, garment.accent
     steps = range(0, TEXTURE, pitch)
@@ -53,7 +53,12 @@ class Canvas:
     """Draws shaded solids; coordinates are canvas pixels, `SCALE` times those of the finished image."""
 
     def __init__(self, background: Image.Image, light: float) -> None:
-        """`background`, [H * SCALE, W * SCALE] RGB, is drawn over; light comes from the left (-1) to the right (1)."""
+        """Starts with a background.
+
+        Args:
+            background: RGB, of SCALE times the size of the finished image; it is drawn over.
+            light: side of the light, from -1 (left) to 1 (right).
+        """
         self.albedo = background
         self.shade = Image.new("L", background.size, NEUTRAL)
         self.light = light
@@ -61,7 +66,7 @@ class Canvas:
         self._shade = ImageDraw.Draw(self.shade)
 
     def polygon(self, points: Sequence[Point], ink: Ink, anchor: Point = (0.0, 0.0)) -> None:
-        """Fill without shading: a print, a strap, a face. `anchor` is where the middle of a garment's texture lies."""
+        """Fills a polygon without shading; `anchor` is the point at the center of a garment's texture."""
         if not isinstance(ink, Garment):
             self._colour.polygon(points, fill=ink)
             return
@@ -76,11 +81,11 @@ class Canvas:
         self.albedo.paste(texture(ink).crop((u, v, u + size[0], v + size[1])), (left, top), mask)
 
     def ellipse(self, centre: Point, rx: float, ry: float, colour: Colour) -> None:
-        """Fill an ellipse without shading."""
+        """Fills an ellipse without shading."""
         self._colour.ellipse((centre[0] - rx, centre[1] - ry, centre[0] + rx, centre[1] + ry), fill=colour)
 
     def ball(self, centre: Point, rx: float, ry: float, colour: Colour) -> None:
-        """A shaded ellipsoid."""
+        """Draws a shaded ellipsoid."""
         self.ellipse(centre, rx, ry, colour)
         x, y = centre
         for size, tone in ((1.0, 96), (0.8, 118), (0.5, 136)):
@@ -89,7 +94,7 @@ class Canvas:
             self._shade.ellipse(box, fill=tone)
 
     def tube(self, spine: Sequence[Point], radii: Sequence[float], ink: Ink, anchor: Point = (0.0, 0.0)) -> None:
-        """A shaded tube of varying radius along `spine`: limbs, trunks, skirts and bags are all tubes."""
+        """Draws a shaded tube of varying radius along `spine`, such as a limb, a trunk, a skirt or a bag."""
         normals = _normals(spine)
 
         def edge(side: float) -> list[Point]:
@@ -102,22 +107,22 @@ class Canvas:
             self._shade.polygon(edge(shift - half) + edge(shift + half)[::-1], fill=tone)
 
     def line(self, points: Sequence[Point], width: float, colour: Colour) -> None:
-        """A flat line: straps, seams, rails."""
+        """Draws a line without shading, such as a strap, a seam or a rail."""
         self._colour.line(points, fill=colour, width=max(1, round(width)), joint="curve")
 
     def crease(self, points: Sequence[Point], tone: int) -> None:
-        """A fold in cloth: a thin line in the shade layer alone."""
+        """Draws a fold in cloth: a thin line in the shade layer only."""
         self._shade.line(points, fill=tone, width=2)
 
     def cast_shadow(self, centre: Point, rx: float, ry: float, strength: float) -> None:
-        """Darken an ellipse of the ground; `strength` in [0, 1]."""
+        """Darkens an ellipse of the ground; `strength` is in [0, 1]."""
         x, y = centre
         for size in (1.0, 0.7):
             tone = int(NEUTRAL * (1.0 - strength * (1.3 - size) / 0.6))
             self._shade.ellipse((x - size * rx, y - size * ry, x + size * rx, y + size * ry), fill=tone)
 
     def finish(self) -> np.ndarray:
-        """Returns the lit picture, [128, 64, 3] float32, 0 to about 255 (highlights may exceed it)."""
+        """Returns the lit picture: [128, 64, 3] float32, 0 to 255 and, in highlights, above."""
         colour = np.asarray(self.albedo.reduce(SCALE), dtype=np.float32)
         shade = np.asarray(self.shade.filter(ImageFilter.BoxBlur(1)).reduce(SCALE), dtype=np.float32)
         lit: np.ndarray = colour * (shade[..., None] / NEUTRAL)
@@ -125,7 +130,7 @@ class Canvas:
 
 
 def _normals(spine: Sequence[Point]) -> list[Point]:
-    """Unit normals along a polyline; they point to the right in the picture for a spine that runs up or down it."""
+    """Returns unit normals along a polyline; those of a vertical spine point to the right of the picture."""
     normals = []
     last = len(spine) - 1
     for index in range(last + 1):

@@ -1,4 +1,4 @@
-"""Shows domains side by side: `python -m uda_reid.synthetic.contact_sheet domains.jpg`."""
+"""Draws domains side by side: `python -m uda_reid.synthetic.contact_sheet domains.jpg`."""
 
 import argparse
 from collections.abc import Iterable
@@ -16,16 +16,14 @@ GAP, MARGIN, TITLE = 3, 14, 34
 def contact_sheet(
     domains: Iterable[str | Domain], out: Path, *, identities: int = 4, seed: int = 0, quality: int = 82
 ) -> Path:
-    """Draw a block for each domain, in which a row is a person and a column is a camera.
+    """Writes a picture with a block for each domain, one row per person and one column per camera; returns `out`.
 
     Args:
-        out: the picture to write; its ending chooses the format.
-        quality: of the file where it is a JPEG.
-
-    Returns: `out`.
+        out: the picture; its suffix decides the format.
+        quality: of a JPEG.
 
     Raises:
-        UserError: a domain that does not exist.
+        UserError: there is no domain of that name.
     """
     chosen = [domain_named(domain) if isinstance(domain, str) else domain for domain in domains]
     widths = [len(domain.cameras) * (WIDTH + GAP) - GAP for domain in chosen]

@@ -13,10 +13,10 @@ from uda_reid.synthetic.person import Wardrobe
 
 @dataclass(frozen=True)
 class Domain:
-    """A distribution over people and cameras; `summary` is one line for a human.
+    """A distribution over people and cameras; `summary` is one line for the user.
 
     Raises:
-        UserError: fewer than two cameras, which leaves nobody to be found again.
+        UserError: there are fewer than two cameras.
     """
 
     name: str
@@ -29,7 +29,8 @@ class Domain:
     def __post_init__(self) -> None:
         if len(self.cameras) < 2:
             raise UserError(
-                f"Expected 2 cameras or more in the domain {self.name!r}, got {len(self.cameras)}; add some."
+                f"The domain {self.name!r} needs 2 cameras or more, so that a person can be found in another one, got "
+                f"{len(self.cameras)}; add some."
             )
 
 
@@ -55,12 +56,12 @@ DOMAINS: Mapping[str, Domain] = MappingProxyType({domain.name: domain for domain
 
 
 def domain_named(name: str) -> Domain:
-    """Look a domain up.
+    """Returns the domain of a name.
 
     Raises:
-        UserError: no domain has this name; the message names the nearest one and lists all.
+        UserError: there is none; the message suggests the nearest name.
     """
     if name in DOMAINS:
         return DOMAINS[name]
     near = get_close_matches(name, DOMAINS, n=1, cutoff=0.0)[0]
-    raise UserError(f"No embedded domain is called {name!r}; did you mean {near!r}? There are: {', '.join(DOMAINS)}.")
+    raise UserError(f"A domain must be one of {', '.join(DOMAINS)}, got {name!r}; did you mean {near!r}?")

@@ -1,4 +1,4 @@
-"""A body in a pose: a small skeleton in three dimensions, seen by a parallel projection."""
+"""A body in a pose: a small skeleton in three dimensions, in parallel projection."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,9 +14,14 @@ from uda_reid.synthetic.person import Colour, Person
 class Pose:
     """One moment of a walk, in radians and canvas pixels.
 
-    `yaw` is 0 for somebody who faces the camera, pi / 2 the picture's right, pi away; `pitch`: how far the camera
-    looks down; `phase`: where in the walk's period; `stride` and `swing`: how far legs and arms go; `feet`: where the
-    lower foot stands; `pixels`: the height of an average body.
+    Attributes:
+        yaw: 0 for a person who faces the camera, pi / 2 for the right of the picture, pi for away from the camera.
+        pitch: angle by which the camera looks down.
+        phase: position in the period of the walk.
+        stride, swing: largest angle of legs and arms.
+        lean: shift to the right per unit of height.
+        feet: position of the lower foot.
+        pixels: height of an average body.
     """
 
     yaw: float
@@ -30,43 +35,43 @@ class Pose:
 
 
 def sample_pose(rng: np.random.Generator, yaw: float, pitch: float, feet: Point, pixels: float) -> Pose:
-    """Draw a moment of somebody's walk, now and then of standing still."""
+    """Draws a random moment of a walk, sometimes one of standing still."""
     stride = 0.06 if rng.random() < 0.2 else rng.uniform(0.25, 0.5)
     return Pose(yaw, pitch, rng.uniform(0, 2 * pi), stride, rng.uniform(0.1, 0.6), rng.normal(0, 0.02), feet, pixels)
 
 
 class Figure:
-    """A person in a pose: turns body coordinates into canvas points, and keeps the parts to paint from far to near."""
+    """A person in a pose: converts body coordinates to canvas points and paints parts from far to near."""
 
     def __init__(self, canvas: Canvas, person: Person, pose: Pose) -> None:
         self.canvas, self.person, self.pose = canvas, person, pose
         self.size = pose.pixels * person.height
         self.cos, self.sin = cos(pose.yaw), sin(pose.yaw)
-        self.drop = 0.0  # height of the lower foot, taken off so that somebody always stands on the ground
+        self.drop = 0.0  # height of the lower foot, which is subtracted so that it stands on the ground
         self.parts: list[tuple[float, Callable[[], None]]] = []
-        self.anchor: Point = (0.0, 0.0)  # the middle of the trunk, to which textures are fixed
+        self.anchor: Point = (0.0, 0.0)  # the middle of the trunk, where textures have their center
 
     def depth(self, left: float, front: float) -> float:
-        """How far a point is towards the camera."""
+        """Returns the position of a point towards the camera."""
         return front * self.cos - left * self.sin
 
     def at(self, left: float, up: float, front: float) -> Point:
-        """Canvas point of a body point: `left` of the spine, `up` from the ground, in `front` of the spine."""
+        """Returns the canvas point of a body point: `left` of the spine, `up` from the ground, `front` of the spine."""
         up -= self.drop
         x = left * self.cos + front * self.sin + self.pose.lean * up
         y = up * cos(self.pose.pitch) - self.depth(left, front) * sin(self.pose.pitch)
         return self.pose.feet[0] + self.size * x, self.pose.feet[1] - self.size * y
 
     def reach(self, width: float, thickness: float) -> float:
-        """Half the apparent width of an elliptic section, canvas pixels."""
+        """Returns half the apparent width of an elliptic section, in canvas pixels."""
         return self.size * sqrt((width * self.cos) ** 2 + (thickness * self.sin) ** 2)
 
     def later(self, depth: float, paint: Callable[[], None]) -> None:
-        """Keep a part for `paint`; those farther away, of smaller `depth`, are painted first."""
+        """Adds a part for `paint`; parts of smaller `depth` are farther away and painted first."""
         self.parts.append((depth, paint))
 
     def paint(self) -> None:
-        """Paint all parts kept."""
+        """Paints all parts."""
         for _, paint in sorted(self.parts, key=lambda part: part[0]):
             paint()
 
@@ -74,9 +79,9 @@ class Figure:
 def decal(
     figure: Figure, angle: float, half: float, top: float, bottom: float, colour: Colour, round_shape: bool = False
 ) -> None:
-    """A patch on the trunk around `angle` (0: front, pi / 2: left), cut off where the surface turns away."""
+    """Draws a patch on the visible part of the trunk around `angle` (0 is the front, pi / 2 the left)."""
     a, b = figure.person.shoulder * 0.95, 0.07 * figure.person.girth
-    # A surface point is seen when its angle lies within pi / 2 of the camera's, which is -yaw seen from the body.
+    # A point is visible if its angle is within pi / 2 of the camera's, which is -yaw in body coordinates.
     offset = (angle + figure.pose.yaw + pi) % (2 * pi) - pi
     low, high = max(offset - half, -pi / 2), min(offset + half, pi / 2)
     if low >= high:
@@ -98,5 +103,5 @@ def decal(
 
 
 def mix(start: Point, end: Point, share: float) -> Point:
-    """The point at `share` of the way from `start` to `end`."""
+    """Returns the point at a fraction `share` of the way from `start` to `end`."""
     return start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])

@@ -1,4 +1,4 @@
-"""Heads and bags: what a person is told by from one side and not from another."""
+"""Heads and bags: details that identify a person from some sides only."""
 
 from uda_reid.synthetic.canvas import Point
 from uda_reid.synthetic.figure import Figure, decal, mix
@@ -6,7 +6,7 @@ from uda_reid.synthetic.person import Colour
 
 
 def add_head(figure: Figure) -> None:
-    """Add head, hair, face and hat to the parts of a figure."""
+    """Adds head, hair, face and hat to the parts of a figure."""
     person, size, canvas = figure.person, figure.size, figure.canvas
     centre, neck = figure.at(0.0, 0.928, 0.012), figure.at(0.0, 0.84, 0.0)
     rx, ry = 0.05 * size, 0.066 * size
@@ -57,7 +57,7 @@ def add_head(figure: Figure) -> None:
 
 
 def add_bag(figure: Figure) -> None:
-    """Add the bag, if there is one, to the parts of a figure."""
+    """Adds the bag, if the person has one, to the parts of a figure."""
     person, size, canvas, bag = figure.person, figure.size, figure.canvas, figure.person.bag
     if bag is None:
         return
@@ -98,7 +98,7 @@ def add_bag(figure: Figure) -> None:
         canvas.tube([top, bottom], [half * 0.9, half], bag.colour)
         canvas.line([(centre[0] - half * 0.8, centre[1]), (centre[0] + half * 0.8, centre[1])], 0.02 * size, bag.accent)
 
-    # On the far side even the legs, which are painted before everything else, hide it.
+    # On the far side even the legs, which are otherwise painted first, hide it.
     depth = figure.depth(where[0], where[2])
     figure.later(depth + 0.06 if depth > -0.03 else -2.0, paint)
 

@@ -1,11 +1,13 @@
-"""Who can walk through a domain: an identity's build, clothes and belongings, and the wardrobe they are drawn from."""
+"""Identities: build, clothes and belongings of a person, and the wardrobe that they are drawn from."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 Colour = tuple[int, int, int]
-Weights = tuple[tuple[str, float], ...]  # name and relative frequency; a tuple, so that a domain can be a cache's key
+Weights = tuple[
+    tuple[str, float], ...
+]  # name and relative frequency; tuples, so that a domain can be the key of a cache
 
 SKINS: tuple[Colour, ...] = (
     (246, 214, 190),
@@ -36,7 +38,7 @@ SHOES: tuple[Colour, ...] = (
 
 @dataclass(frozen=True)
 class Garment:
-    """One piece of clothing; `pattern` uses `accent` on `colour`, `pitch` is the pattern's period in canvas pixels."""
+    """One piece of clothing, with a `pattern` of `accent` on `colour` and its period `pitch` in canvas pixels."""
 
     kind: str
     colour: Colour
@@ -47,7 +49,7 @@ class Garment:
 
 @dataclass(frozen=True)
 class Bag:
-    """`kind` is backpack, shoulder, handbag or suitcase; `side` is +1 for the person's left and -1 for the right."""
+    """A backpack, shoulder bag, handbag or suitcase; `side` is 1 for the person's left and -1 for the right."""
 
     kind: str
     colour: Colour
@@ -57,7 +59,7 @@ class Bag:
 
 @dataclass(frozen=True)
 class Person:
-    """An identity. Lengths are fractions of the body height; `height` itself is relative to the average."""
+    """An identity. Lengths are fractions of the body height, and `height` is relative to the average."""
 
     height: float
     shoulder: float
@@ -75,9 +77,9 @@ class Person:
     lower: Garment
     shoes: Colour
     boots: bool
-    inner: Colour | None  # what an open front shows; None: closed
-    chest: str  # a print that only the front shows: none, disc, bar, box
-    back: str  # a print that only the back shows
+    inner: Colour | None  # colour under an open front; None if it is closed
+    chest: str  # print on the front: "none", "disc", "bar" or "box"
+    back: str  # print on the back
     print_colour: Colour
     scarf: Colour | None
     bag: Bag | None
@@ -85,7 +87,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Wardrobe:
-    """The distribution that a domain's identities come from: weights for kinds, and palettes of colours."""
+    """The distribution of a domain's identities: weights of kinds, palettes of colours, probabilities of details."""
 
     uppers: Weights
     lowers: Weights
@@ -102,22 +104,22 @@ class Wardrobe:
     open_front: float
     scarf: float
     boots: float
-    colour_spread: float  # standard deviation of a garment's colour about its palette entry, in 8-bit steps
+    colour_spread: float  # standard deviation of a colour around its palette entry, in 8-bit steps
 
 
 def weights(**frequencies: float) -> Weights:
-    """Write relative frequencies as keyword arguments."""
+    """Returns relative frequencies that are given as keyword arguments."""
     return tuple(frequencies.items())
 
 
 def pick(rng: np.random.Generator, choices: Weights) -> str:
-    """Draw one name with probability proportional to its frequency."""
+    """Draws one name with probability proportional to its frequency."""
     ends = np.cumsum([frequency for _, frequency in choices])
     return choices[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))][0]
 
 
 def pick_colour(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float) -> Colour:
-    """Draw a palette entry and move its brightness by one step and each channel by a smaller one."""
+    """Draws a palette entry and adds noise to its brightness and, less, to each channel."""
     base = np.array(palette[int(rng.integers(len(palette)))], dtype=np.float64)
     moved = np.clip(base + rng.normal(0.0, spread) + rng.normal(0.0, 0.6 * spread, 3), 8, 250)
     red, green, blue = (int(value) for value in moved)
@@ -129,7 +131,7 @@ SHORT_HAIR = weights(short=7, bald=1, afro=1)
 
 
 def sample_person(wardrobe: Wardrobe, rng: np.random.Generator) -> Person:
-    """Draw an identity from a domain's wardrobe."""
+    """Draws an identity from a wardrobe."""
     spread = wardrobe.colour_spread
     upper_kind = pick(rng, wardrobe.uppers)
     upper = Garment(

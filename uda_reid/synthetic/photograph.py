@@ -1,4 +1,4 @@
-"""One detector crop: somebody in a place, with what stands in the way, as one camera recorded it."""
+"""One detector crop: a person in a scene, with what stands in the way, as a camera records it."""
 
 from functools import lru_cache
 from math import pi, radians
@@ -15,38 +15,41 @@ from uda_reid.synthetic.figure import Pose, sample_pose
 from uda_reid.synthetic.person import Colour, Person, sample_person
 from uda_reid.synthetic.render import draw_person
 
-# What a generator is for, so that no two purposes share a stream.
+# Purposes of random streams; writer.py has another.
 IDENTITY, SCENE, SHOT = range(3)
 
 
 def generator(domain: Domain, seed: int, *purpose: int) -> np.random.Generator:
-    """The random stream of one purpose within a domain and seed: independent of the order in which images are drawn."""
+    """Returns the random stream of one purpose, which does not depend on the order in which images are drawn."""
     return np.random.default_rng((seed, crc32(domain.name.encode()), *purpose))
 
 
 @lru_cache(maxsize=16)
 def scene_of(domain: Domain, seed: int, camera: int) -> Scene:
-    """The place of camera number `camera` (from 1)."""
-    return draw_scene(domain.cameras[camera - 1].place, generator(domain, seed, SCENE, camera))
+    """Returns the scene of camera number `camera`, from 1."""
+    return draw_scene(domain.cameras[camera - 1].scenery, generator(domain, seed, SCENE, camera))
 
 
 @lru_cache(maxsize=64)
 def person_of(domain: Domain, seed: int, identity: int) -> Person:
-    """The person that a non-negative number stands for in a domain."""
+    """Returns the person of a non-negative number."""
     return sample_person(domain.wardrobe, generator(domain, seed, IDENTITY, identity))
 
 
 def photograph(
     domain: Domain, seed: int, identity: int, camera: int, shot: int, *, spoiled: bool = False
 ) -> Image.Image:
-    """Picture number `shot` of an identity by camera number `camera` (from 1).
+    """Returns one image of a person, RGB of 64 x 128 pixels (width x height).
 
-    `spoiled` misplaces the crop as a failed detection would. Returns an RGB image of 64 x 128 pixels (width x height).
+    Args:
+        camera: number of the camera, from 1.
+        shot: number of the image among those of this person by this camera.
+        spoiled: whether to misplace the crop like a failed detection.
     """
     lens = domain.cameras[camera - 1]
     rng = generator(domain, seed, SHOT, identity, camera, shot)
     wide, tall = WIDTH * SCALE, HEIGHT * SCALE
-    share = 0.86 * float(np.exp(rng.normal(0, lens.jitter)))  # of the crop's height that an average body fills
+    share = 0.86 * float(np.exp(rng.normal(0, lens.jitter)))  # of the crop's height, for an average body
     feet_at = 0.945 + rng.normal(0, 0.5 * lens.jitter)
     middle = 0.5 + rng.normal(0, lens.jitter)
     if spoiled:
@@ -76,7 +79,7 @@ def _shadow(canvas: Canvas, pose: Pose, light: float, strength: float) -> None:
 
 
 def _passer_by(canvas: Canvas, domain: Domain, rng: np.random.Generator, pose: Pose, *, behind: bool) -> None:
-    """Somebody else, cut by the picture's border; nearer to the camera than the person, or farther away."""
+    """Draws another person at the border of the picture, farther from the camera than the first or nearer."""
     side = float(rng.choice([-1, 1]))
     size = pose.pixels * (rng.uniform(0.75, 0.95) if behind else rng.uniform(1.0, 1.15))
     offset = rng.uniform(0.2, 0.3) if behind else rng.uniform(0.27, 0.34)
@@ -86,7 +89,7 @@ def _passer_by(canvas: Canvas, domain: Domain, rng: np.random.Generator, pose: P
 
 
 def _obstacle(canvas: Canvas, rng: np.random.Generator) -> None:
-    """A railing, a bin, a bush or a post in front of the person."""
+    """Draws a railing, a bin, a bush or a post in front of the person."""
     wide, tall = canvas.albedo.size
     kind = int(rng.integers(4))
     grey: Colour = (96, 100, 106)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from uda_reid.synthetic.backgrounds import Place
+from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
@@ -29,28 +29,29 @@ _camera = partial(Camera, shadow=0.55, noise=2.5, blur=0.3, quality=88, exposure
 
 CAMERAS = (
     _camera(
-        Place((206, 192, 168), (170, 154, 130), 0.55, "facade", (226, 196, 150), (110, 92, 80), ("lamp", "tree")),
+        Scenery((206, 192, 168), (170, 154, 130), 0.55, "facade", (226, 196, 150), (110, 92, 80), ("lamp", "tree")),
         yaw=0, light=0.7, cast=(1.10, 1.00, 0.86), exposure=1.05,
     ),
     _camera(
-        Place((188, 184, 178), (140, 136, 130), 0.9, "facade", (204, 128, 100), (240, 232, 214), ("stall", "lamp"),
-              1.3),
+        Scenery((188, 184, 178), (140, 136, 130), 0.9, "facade", (204, 128, 100), (240, 232, 214), ("stall", "lamp"),
+                1.3),
         yaw=180, light=-0.7, cast=(1.02, 1.02, 0.98), exposure=0.9, pitch=14,
     ),
     _camera(
-        Place((212, 204, 190), (186, 176, 160), 0.4, "glass", (90, 96, 104), (132, 170, 190), ("tree", "bench"), 1.0),
+        Scenery((212, 204, 190), (186, 176, 160), 0.4, "glass", (90, 96, 104), (132, 170, 190), ("tree", "bench"), 1.0),
         yaw=85, light=0.5, cast=(0.92, 1.0, 1.10), exposure=1.0, pitch=6,
     ),
     _camera(
-        Place((182, 160, 140), (140, 118, 100), 0.3, "facade", (238, 222, 188), (146, 82, 66), ("stall", "tree"), 1.5),
+        Scenery((182, 160, 140), (140, 118, 100), 0.3, "facade", (238, 222, 188), (146, 82, 66), ("stall", "tree"),
+                1.5),
         yaw=-80, light=-0.4, cast=(1.16, 0.98, 0.80), exposure=0.85, pitch=20,
     ),
     _camera(
-        Place((170, 176, 178), (130, 138, 142), 0.7, "tiles", (214, 216, 206), (96, 120, 132), ("bench", "lamp")),
+        Scenery((170, 176, 178), (130, 138, 142), 0.7, "tiles", (214, 216, 206), (96, 120, 132), ("bench", "lamp")),
         yaw=30, light=0.2, shadow=0.3, cast=(0.96, 1.02, 1.02), exposure=0.72, gamma=0.9, noise=3.5, blur=0.4,
     ),
     _camera(
-        Place((198, 190, 176), (160, 150, 136), 0.6, "hedge", (92, 122, 66), (120, 148, 84), ("bench", "tree"), 1.1),
+        Scenery((198, 190, 176), (160, 150, 136), 0.6, "hedge", (92, 122, 66), (120, 148, 84), ("bench", "tree"), 1.1),
         yaw=150, light=-0.6, cast=(1.0, 1.06, 0.9), exposure=1.12, pitch=8,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What stands about in a place: each prop is drawn on the ground at a given distance."""
+"""Objects that stand in a scene, each drawn on the ground at a given distance."""
 
 from collections.abc import Callable
 
@@ -13,13 +13,13 @@ CAR_PAINTS: tuple[Colour, ...] = ((178, 40, 44), (222, 222, 224), (44, 58, 92), 
 
 
 def vary(colour: Colour, rng: np.random.Generator, spread: float) -> Colour:
-    """Move a colour a little: mostly its brightness, and its hue less."""
+    """Adds noise to a colour, mostly to its brightness and less to its hue."""
     moved = np.array(colour) + rng.normal(0, spread) + rng.normal(0, 0.35 * spread, 3)
     red, green, blue = (int(value) for value in np.clip(moved, 0, 255))
     return red, green, blue
 
 
-# Each prop is drawn at column `x` with its foot on row `base`, where a body is `body` pixels tall.
+# Each prop is drawn at column `x` and stands on row `base`, where a body is `body` pixels tall.
 
 
 def _tree(draw: Draw, x: float, base: float, body: float, rng: np.random.Generator) -> None:

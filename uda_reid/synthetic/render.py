@@ -12,7 +12,7 @@ GIRTH_OF = {"jacket": 1.12, "coat": 1.18, "hoodie": 1.08, "sweater": 1.05}
 
 
 def draw_person(canvas: Canvas, person: Person, pose: Pose) -> None:
-    """Paint a person onto a canvas."""
+    """Draws a person on a canvas."""
     figure = Figure(canvas, person, pose)
     legs = [_leg_joints(figure, side) for side in (1, -1)]
     figure.drop = min(joints[2][1] for joints in legs)
@@ -27,7 +27,7 @@ def draw_person(canvas: Canvas, person: Person, pose: Pose) -> None:
 
 
 def _leg_joints(figure: Figure, side: int) -> list[tuple[float, float, float]]:
-    """Hip, knee and ankle as (left, up, front)."""
+    """Returns hip, knee and ankle as (left, up, front)."""
     person, phase = figure.person, figure.pose.phase + (0.0 if side > 0 else pi)
     thigh = figure.pose.stride * sin(phase)
     shank = thigh - figure.pose.stride * max(0.0, cos(phase)) * 1.6 - 0.05
@@ -135,7 +135,7 @@ def _trunk(figure: Figure) -> None:
 
 
 def _prints(figure: Figure, hem: float) -> None:
-    """What only one side of the trunk shows: an open front, a chest print, a back print."""
+    """Draws what only one side of the trunk shows: an open front, a print on the chest or on the back."""
     person = figure.person
     if person.inner is not None:
         decal(figure, 0.0, 0.42, 0.83, hem, person.inner)

@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from uda_reid.synthetic.backgrounds import Place
+from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera
 from uda_reid.synthetic.person import Wardrobe, weights
 
@@ -29,23 +29,25 @@ _camera = partial(Camera, shadow=0.2, saturation=0.8, noise=4.5, blur=0.5, resol
 
 CAMERAS = (
     _camera(
-        Place((126, 124, 118), (92, 90, 86), 0.5, "tiles", (188, 190, 176), (96, 104, 100), ("poster", "pillar"), 1.3),
+        Scenery((126, 124, 118), (92, 90, 86), 0.5, "tiles", (188, 190, 176), (96, 104, 100), ("poster", "pillar"),
+                1.3),
         yaw=10, light=0.1, cast=(0.90, 1.06, 0.88), exposure=0.9, pitch=16,
     ),
     _camera(
-        Place((104, 106, 112), (76, 78, 84), 0.8, "tiles", (150, 152, 158), (60, 70, 90), ("train", "line"), 1.5),
+        Scenery((104, 106, 112), (76, 78, 84), 0.8, "tiles", (150, 152, 158), (60, 70, 90), ("train", "line"), 1.5),
         yaw=180, light=-0.2, cast=(0.88, 0.98, 1.12), exposure=0.84, saturation=0.75, noise=5.5, pitch=20,
     ),
     _camera(
-        Place((148, 134, 112), (110, 98, 82), 0.6, "glass", (70, 72, 74), (140, 146, 130), ("pillar", "poster"), 1.1),
+        Scenery((148, 134, 112), (110, 98, 82), 0.6, "glass", (70, 72, 74), (140, 146, 130), ("pillar", "poster"), 1.1),
         yaw=95, light=0.4, cast=(1.10, 0.98, 0.78), exposure=0.92, gamma=1.1, saturation=0.85, haze=0.08,
     ),
     _camera(
-        Place((112, 110, 106), (80, 78, 76), 0.4, "brick", (134, 96, 80), (70, 66, 64), ("poster", "bench"), 1.0),
+        Scenery((112, 110, 106), (80, 78, 76), 0.4, "brick", (134, 96, 80), (70, 66, 64), ("poster", "bench"), 1.0),
         yaw=-90, light=-0.5, cast=(1.0, 1.04, 0.86), exposure=0.82, gamma=0.95, noise=6.0, quality=55, vignette=0.3,
     ),
     _camera(
-        Place((136, 140, 134), (100, 106, 100), 0.9, "facade", (120, 126, 122), (54, 62, 66), ("train", "pillar"), 1.6),
+        Scenery((136, 140, 134), (100, 106, 100), 0.9, "facade", (120, 126, 122), (54, 62, 66), ("train", "pillar"),
+                1.6),
         yaw=160, light=0.3, cast=(0.86, 1.08, 0.98), exposure=0.95, gamma=1.1, resolution=0.6, haze=0.1, pitch=24,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Writes a domain to disk in the Market-1501 layout, so that the ordinary reader of that data set reads it."""
+"""Writes a domain to disk in the Market-1501 layout."""
 
 import json
 import multiprocessing
@@ -16,18 +16,18 @@ from uda_reid.synthetic.camera import encode
 from uda_reid.synthetic.domains import Domain, domain_named
 from uda_reid.synthetic.photograph import generator, photograph
 
-VERSION = 1  # of the generator: raised whenever the same seed gives other pictures
+VERSION = 1  # of the renderer; raised whenever a seed gives other pictures
 TRAIN, QUERY, GALLERY = "bounding_box_train", "query", "bounding_box_test"
 DISTRACTOR, JUNK = 0, -1
-CHUNK = 64  # images a worker draws at a time
+CHUNK = 64  # images that a worker draws at a time
 FRAMES = 100_000
-PLAN = 3  # the stream that plans; photograph.py holds the others
-STRANGERS = 10_000  # distractors are people numbered from here
+PLAN = 3  # purpose of a random stream; photograph.py has the others
+STRANGERS = 10_000  # number of the first distractor, above all identities
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One file to write. `label` is the person id in its name, `identity` the person drawn."""
+    """One file to write: `label` is the person id in its name, `identity` the number of the person drawn."""
 
     folder: str
     label: int
@@ -37,33 +37,33 @@ class Shot:
 
 
 def plan_shots(domain: Domain, train_identities: int, test_identities: int, seed: int) -> list[Shot]:
-    """Decide who is seen where and how often: each person by three cameras or more, twice or thrice by each.
+    """Returns which images are taken: each person by three cameras or more, two or three times by each.
 
-    In the test split the first picture by each camera is the query and the others go to the gallery, so that every
-    query has matches by other cameras. Distractors (label 0) and junk (label -1) join the gallery.
+    In the test split the first image of each camera is a query and the others belong to the gallery, so that every
+    query has matches by other cameras. The gallery also holds distractors (label 0) and junk (label -1).
     """
     rng = generator(domain, seed, PLAN)
-    total, places = train_identities + test_identities, len(domain.cameras)
+    total, cameras = train_identities + test_identities, len(domain.cameras)
     person_ids = rng.permutation(np.arange(1, total + 1)).tolist()
     shots = []
     for index, person_id in enumerate(person_ids):
-        seen = rng.permutation(places)[: int(rng.integers(min(3, places), places + 1))] + 1
+        seen = rng.permutation(cameras)[: int(rng.integers(min(3, cameras), cameras + 1))] + 1
         for camera in sorted(seen.tolist()):
             for number in range(int(rng.choice([2, 3], p=[0.75, 0.25]))):
                 test_folder = QUERY if number == 0 else GALLERY
                 folder = TRAIN if index < train_identities else test_folder
                 shots.append(Shot(folder, person_id, person_id, camera, number))
     for index in range(test_identities // 2):
-        camera = int(rng.integers(places)) + 1
+        camera = int(rng.integers(cameras)) + 1
         shots.append(Shot(GALLERY, DISTRACTOR, STRANGERS + index, camera, 0))
     for index in range(test_identities // 4):
-        camera, person_id = int(rng.integers(places)) + 1, int(rng.choice(person_ids[train_identities:]))
+        camera, person_id = int(rng.integers(cameras)) + 1, int(rng.choice(person_ids[train_identities:]))
         shots.append(Shot(GALLERY, JUNK, person_id, camera, 1000 + index))
     return shots
 
 
 def file_names(domain: Domain, shots: list[Shot], seed: int) -> list[str]:
-    """Market-1501 names such as 0002_c1s1_000451_03.jpg; frames are drawn at random, so that they tell nothing."""
+    """Returns names such as 0002_c1s1_000451_03.jpg; frames are random, so that they do not reveal identities."""
     rng = generator(domain, seed, PLAN, 1)
     frames = rng.choice(FRAMES, size=len(shots), replace=False)
     boxes = rng.integers(0, 6, size=len(shots))
@@ -84,21 +84,21 @@ def write_domain(
     workers: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Draw a domain into the folder `out`: bounding_box_train, query, bounding_box_test and domain.json.
+    """Renders a domain into a folder with bounding_box_train, query, bounding_box_test and domain.json; returns `out`.
 
-    The files depend on the domain, the numbers of identities and the seed alone, not on the number of workers. They are
-    written next to `out` and moved there at the end: an interrupted call leaves no half data set. With more than one
-    worker, processes are spawned, so a script must call this below `if __name__ == "__main__":`.
+    The files depend only on the domain, the numbers of identities and the seed. They are written next to `out` and
+    moved there at the end, so an interrupted call leaves no incomplete data set. Several workers are spawned processes,
+    so a script must call this function below `if __name__ == "__main__":`.
 
     Args:
-        domain: a name in `DOMAINS`, or a domain of one's own.
-        train_identities, test_identities: how many people in each split; None: the domain's own numbers.
+        domain: a key of DOMAINS, or a domain.
+        out: a new or empty folder.
+        train_identities, test_identities: people in each split; those of the domain by default.
+        workers: processes.
         on_progress: called with (images written, images in all).
 
-    Returns: `out`.
-
     Raises:
-        UserError: an unknown name, fewer than 2 identities or 1 worker, or an `out` that exists and is not empty.
+        UserError: a number is out of range, the domain is unknown, or `out` is not empty.
     """
     if isinstance(domain, str):
         domain = domain_named(domain)
@@ -106,11 +106,11 @@ def write_domain(
     test = domain.test_identities if test_identities is None else test_identities
     if min(train, test) < 2 or train + test > 9999:
         raise UserError(
-            f"Expected 2 identities or more in each split and 9999 at most in all, got {train} and {test}; "
-            "change the counts."
+            f"Each split needs 2 identities or more and both together 9999 or fewer, got {train} and {test}; change "
+            "the numbers."
         )
     if workers < 1 or seed < 0:
-        raise UserError(f"Expected 1 worker or more and a seed of 0 or more, got {workers} and {seed}; change them.")
+        raise UserError(f"Rendering needs 1 worker or more and a seed of 0 or more, got {workers} and {seed}.")
     out = Path(out)
     shots = plan_shots(domain, train, test, seed)
     names = file_names(domain, shots, seed)
@@ -139,7 +139,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
     if workers == 1:
         yield from map(_write_chunk, tasks)
         return
-    # Spawned, not forked: the caller may hold threads of a numerical library, which do not survive a fork.
+    # Spawned, not forked, since threads of a numerical library in the caller do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield from pool.map(_write_chunk, tasks)
@@ -158,9 +158,9 @@ def _write_chunk(task: Task) -> int:
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well and is removed when it does not."""
+    """Yields a temporary folder, which becomes `out` if the block succeeds and is removed if it fails."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"Expected a new or empty folder to write to, but {out} exists; remove it or name another.")
+        raise UserError(f"The output must be a new or empty folder, but {out} is neither; remove it or name another.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial"
     if folder.exists():

@@ -1,4 +1,4 @@
-"""Matrix products that keep what they promise, whatever the training around them has switched on."""
+"""Matrix products in full float32 precision, whatever the training code around them has switched on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,11 +7,11 @@ import torch
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products without TF32 or bfloat16 inside, half-precision products with their sums in float32.
+def float32_matmul() -> Iterator[None]:
+    """Computes float32 products without TF32 or bfloat16, and sums half-precision products in float32.
 
-    Training code commonly allows both for speed; ranks and the error bounds of the search do not stand them. The
-    settings are put back at the end. Also a decorator.
+    Training code often allows both for speed, but ranks and the error bounds of the search do not hold under them. The
+    previous settings are restored at the end. Works as a context manager and as a decorator.
     """
     matmul = torch.backends.cuda.matmul
     precision, reduced = torch.get_float32_matmul_precision(), matmul.allow_fp16_reduced_precision_reduction

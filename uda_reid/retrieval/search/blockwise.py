@@ -1,20 +1,21 @@
-"""Exact nearest neighbours in torch by blocks of rows: for GPUs, shards, and rows that another search left open."""
+"""Exact nearest neighbors by blocks of rows: for GPUs, for shards, and for rows that another search left open."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.bank import RankingKeys
-from uda_reid.retrieval.candidates import Candidates, search_slack
+from uda_reid.retrieval.search.candidates import Candidates, search_margin
+from uda_reid.retrieval.search.similarity import RankingKeys
 
+# Receives the fraction done.
 OnProgress = Callable[[float], None]
-# Columns of the first strip, from which each row gets its first floor; after each growth of this factor it is raised.
+# Columns of the first strip, which gives each row its first threshold; after each growth by this factor it is raised.
 _FIRST_STRIP, _GROWTH = 4096, 8
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes for temporary arrays: what fits the caches of a CPU, or an eighth of a GPU up to 4 GiB."""
+    """Returns the bytes for temporary arrays: what fits the caches of a CPU, or an eighth of a GPU up to 4 GiB."""
     if device.type != "cuda":
         return 64 << 20
     return min(4 << 30, torch.cuda.get_device_properties(device).total_memory // 8)
@@ -23,7 +24,7 @@ def default_budget(device: torch.device) -> int:
 def search_rows(
     left: Tensor,
     right: Tensor,
-    numbers: Tensor,
+    row_ids: Tensor,
     k: int,
     *,
     keys: RankingKeys,
@@ -31,27 +32,27 @@ def search_rows(
     budget_bytes: int,
     on_progress: OnProgress | None = None,
 ) -> Tensor:
-    """The k nearest rows of `right` for every row of `left`.
+    """Returns the k nearest rows of `right` for every row of `left`.
 
-    The search is in half precision on a GPU and in float32 on a CPU; the result is the same (see `candidates`).
+    Products are in float16 on a GPU and in float32 on a CPU; the result is the same (see `candidates`).
 
     Args:
-        left: [A, D] float32, L2-normalised.
-        right: [W, D] float32, L2-normalised: columns first_column..first_column+W-1 of the bank.
-        numbers: [A] int64, which rows of the bank `left` are.
+        left: [A, D] float32, L2-normalized.
+        right: [W, D] float32, L2-normalized: columns first_column..first_column+W-1 of the bank.
+        row_ids: [A] int64, which rows of the bank `left` are.
         k: 1..W.
         keys: of the bank.
         first_column: see `right`.
-        budget_bytes: for a block of products; the bank's copy in half precision comes on top.
-        on_progress: told the fraction done.
+        budget_bytes: for a block of products; the float16 copy of `right` comes on top.
+        on_progress: receives the fraction done.
 
     Returns:
         [A, k] int64 keys, falling (`RankingKeys.decode`).
     """
     searched = right.to(torch.float16) if right.is_cuda else right
-    slack = search_slack(right, searched)
+    margin = search_margin(right, searched)
     if right.is_cuda:
-        slack = max(slack, search_slack(left, left.to(torch.float16)))
+        margin = max(margin, search_margin(left, left.to(torch.float16)))
     first_strip = max(k, _FIRST_STRIP)
     # A product, its mask and what top-k copies.
     widest = min(len(right), max(first_strip, 1 << 16))
@@ -60,20 +61,20 @@ def search_rows(
     for start in range(0, len(left), step):
         block = left[start : start + step]
         query = block.to(searched.dtype)
-        candidates = Candidates(len(block), k, slack, left.device)
+        candidates = Candidates(len(block), k, margin, left.device)
         seen, raise_at = 0, first_strip * _GROWTH
         while seen < len(right):
             width = min(first_strip if seen == 0 else widest, len(right) - seen)
             product = query @ searched[seen : seen + width].T
             if seen == 0:
-                candidates.set_floor(product)
-            candidates.take(product, seen + first_column)
+                candidates.start_threshold(product)
+            candidates.add(product, seen + first_column)
             seen += width
             if seen >= raise_at and candidates.count:
                 candidates.refresh()
                 raise_at = seen * _GROWTH
-        found[start : start + step] = candidates.ranked(
-            block, right, numbers[start : start + step], keys, first_column, budget_bytes
+        found[start : start + step] = candidates.rank(
+            block, right, row_ids[start : start + step], keys, first_column, budget_bytes
         )
         if on_progress is not None:
             on_progress(min(1.0, (start + step) / len(left)))

@@ -1,0 +1,89 @@
+"""The stages before DBSCAN, on one process or several: nearest neighbors, then the graph of the Jaccard distance."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from uda_reid.distributed import world_size
+from uda_reid.errors import UserError
+from uda_reid.retrieval.encoding import PairSimilarities
+from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
+from uda_reid.retrieval.neighbours import Neighbours, nearest_neighbours
+from uda_reid.retrieval.normalize import normalize_shard
+from uda_reid.retrieval.search.ring import ShardedBank
+from uda_reid.retrieval.search.similarity import pair_similarities
+from uda_reid.settings import ClusterSettings
+
+# Receives the name of a stage and the fraction of it that is done.
+OnStage = Callable[[str, float], None]
+
+
+class StageTimer:
+    """Seconds of consecutive stages; work queued on a GPU counts for the stage that queued it.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.start = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        """Records the seconds since the last stop, or since construction, as those of a stage."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[stage] = now - self.start
+        self.start = now
+
+
+def build_graph(
+    features: Tensor,
+    settings: ClusterSettings,
+    timer: StageTimer,
+    *,
+    on_stage: OnStage | None = None,
+    on_recall: Callable[[float], None] | None = None,
+) -> SparseGraph:
+    """Returns the pairs at most `settings.eps` apart. Collective.
+
+    Several processes share the search for neighbors by a ring; the rest is linear, and each does the whole of it.
+
+    Args:
+        features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
+            for a single process, on the device to work on.
+        settings: of DBSCAN.
+        timer: gets the seconds of the stages "neighbours" and "jaccard".
+        on_stage: receives the progress of each stage.
+        on_recall: receives the recall of an inexact backend.
+
+    Returns:
+        The graph of all N points, the same on every process.
+
+    Raises:
+        UserError: features are refused by `normalize`, or the backend is not available.
+    """
+    if world_size() > 1 and settings.backend not in ("auto", "torch"):
+        raise UserError(f"backend must be 'torch' or 'auto' with several processes, got '{settings.backend}'.")
+    rows = normalize_shard(features)
+    on_neighbours, on_jaccard = (on_stage and partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
+    if world_size() == 1:
+        similarities_of: PairSimilarities = partial(pair_similarities, rows, rows)
+        neighbours = nearest_neighbours(
+            rows, settings.k1, backend=settings.backend, on_progress=on_neighbours, on_recall=on_recall
+        )
+    else:
+        bank = ShardedBank(rows)
+        similarities_of = bank.pair_similarities
+        neighbours = Neighbours(*bank.search(settings.k1, on_progress=on_neighbours))
+    timer.stop("neighbours")
+    graph = jaccard_graph(
+        similarities_of, neighbours, k1=settings.k1, k2=settings.k2, eps=settings.eps, on_progress=on_jaccard
+    )
+    timer.stop("jaccard")
+    return graph

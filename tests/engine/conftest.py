@@ -42,7 +42,7 @@ def assert_sentence() -> Callable[..., None]:
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def images() -> ImageSet:
     """23 random images of 8 x 6 pixels from three cameras, some of unknown ones."""
     generator = torch.Generator().manual_seed(1)

@@ -14,6 +14,7 @@ from uda_reid.recipe import (
     dump_keys,
     dump_recipe,
     load_recipe,
+    load_strategy,
     override_recipe,
     parse_recipe,
     recipe_folder,
@@ -255,6 +256,15 @@ def test_a_given_strategy_replaces_that_of_the_file_with_its_section() -> None:
     assert (recipe.adapt.strategy, recipe.adapt.epochs, recipe.adapt.baseline.label_smoothing) == ("baseline", 3, 0)
     assert recipe.adapt.lf2 == Recipe().adapt.lf2
     assert parse_recipe(LF2_RECIPE, strategy="lf2") == parse_recipe(LF2_RECIPE)
+
+
+def test_a_file_with_the_section_of_a_given_strategy_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[adapt.baseline]\nlabel_smoothing = 0.2\n")
+    with pytest.raises(UserError, match="use --strategy baseline"):
+        load_recipe(str(path))
+    assert load_strategy(str(path)) == "lf2"
+    assert load_recipe(str(path), strategy="baseline").adapt.baseline.label_smoothing == 0.2
 
 
 def test_a_given_strategy_refuses_settings_of_another() -> None:

@@ -110,6 +110,23 @@ def all_gather_outputs(outputs: Outputs, rows: Mapping[str, int]) -> Outputs:
     return {level: tree_map_only(Tensor, gather(level), output) for level, output in outputs.items()}
 
 
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Returns the sum of a tensor over the processes; differentiable, for the sum of their losses. Collective."""
+    return tensor if world_size() == 1 else _AllReduceSum.apply(tensor)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _AllReduceSum.forward(ctx, gradient)
+
+
 def all_reduce_mean(tensors: Sequence[Tensor]) -> None:
     """Replaces each tensor by its mean over the processes, in one exchange. Collective."""
     if world_size() == 1 or not tensors:

@@ -42,34 +42,18 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = (), strategy: str 
         UserError: there is no such recipe, it is not TOML, a key is unknown (the nearest known one is named) or of
             another strategy, or a value is of a wrong type or out of range.
     """
-    shipped = shipped_recipes()
-    path = shipped.get(name_or_file, Path(name_or_file))
-    if not path.is_file():
-        raise UserError(
-            f"There is no recipe '{name_or_file}'{_hint(name_or_file, shipped)}; expected one of {', '.join(shipped)}, "
-            "or the path of a TOML file."
-        )
-    try:
-        return parse_recipe(path.read_text(encoding="utf-8"), overrides, strategy)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} is not valid TOML: {error}.") from error
+    return _read_table(_load_table(name_or_file), overrides, strategy)
+
+
+def load_strategy(name_or_file: str) -> str:
+    """Returns the adaptation strategy that a recipe itself states; errors of the file are those of `load_recipe`."""
+    adapt = _load_table(name_or_file).get("adapt")
+    return str(adapt.get("strategy", AdaptSettings.strategy)) if isinstance(adapt, dict) else AdaptSettings.strategy
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), strategy: str | None = None) -> Recipe:
     """Returns the recipe of a TOML text; arguments and errors are those of `load_recipe`."""
-    table = tomllib.loads(text)
-    if strategy is not None:
-        _replace_strategy(table, strategy)
-    for override in overrides:
-        _apply_override(table, override)
-    _check_strategy(table)
-    recipe = _read_section(Recipe, table, "")
-    if strategy not in (None, recipe.adapt.strategy):
-        raise UserError(
-            f"--strategy {strategy} and --set adapt.strategy={recipe.adapt.strategy} contradict each other; give one "
-            "of them."
-        )
-    return recipe
+    return _read_table(tomllib.loads(text), overrides, strategy)
 
 
 def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -88,6 +72,35 @@ def dump_recipe(recipe: Recipe) -> str:
 def dump_keys() -> str:
     """Returns the TOML text of every key with its default, with the sections of all strategies."""
     return tomli_w.dumps(asdict(Recipe()))
+
+
+def _load_table(name_or_file: str) -> dict[str, Any]:
+    shipped = shipped_recipes()
+    path = shipped.get(name_or_file, Path(name_or_file))
+    if not path.is_file():
+        raise UserError(
+            f"There is no recipe '{name_or_file}'{_hint(name_or_file, shipped)}; expected one of {', '.join(shipped)}, "
+            "or the path of a TOML file."
+        )
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} is not valid TOML: {error}.") from error
+
+
+def _read_table(table: dict[str, Any], overrides: Sequence[str], strategy: str | None) -> Recipe:
+    if strategy is not None:
+        _replace_strategy(table, strategy)
+    for override in overrides:
+        _apply_override(table, override)
+    _check_strategy(table)
+    recipe = _read_section(Recipe, table, "")
+    if strategy not in (None, recipe.adapt.strategy):
+        raise UserError(
+            f"--strategy {strategy} and --set adapt.strategy={recipe.adapt.strategy} contradict each other; give one "
+            "of them."
+        )
+    return recipe
 
 
 def _replace_strategy(table: dict[str, Any], strategy: str) -> None:

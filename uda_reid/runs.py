@@ -1,7 +1,6 @@
 """One function for each command that trains or measures: data and model in, a run's folder and summary out."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -91,7 +90,7 @@ def run_adapt(
     """Adapts a source model to a target whose identities are not read, and measures it before and after.
 
     Args:
-        recipe: its model, images and pretrain sections are replaced by those of `init`.
+        recipe: with the model and images sections of `init`.
         init: a source model (`load_source_model`).
     """
     started = perf_counter()
@@ -100,7 +99,6 @@ def run_adapt(
             f"An adaptation needs at least 2 training images, but {target.folder} holds {len(target.train)}; add "
             "images or name another folder."
         )
-    recipe = replace(recipe, model=init.recipe.model, images=init.recipe.images, pretrain=init.recipe.pretrain)
     known = init.known_cameras(target.name)
     state = open_state(log, recipe, reporter)
     if "before" not in state.metadata:

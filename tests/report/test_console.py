@@ -189,3 +189,15 @@ def test_a_table_is_tab_separated_in_a_file_and_drawn_on_a_terminal() -> None:
     drawn = ESCAPE.sub("", printed(write, terminal=True))
     assert "│ demo" in drawn
     assert "\t" not in drawn
+
+
+def test_stages_are_bars_on_a_terminal_and_nothing_in_a_file() -> None:
+    def write(reporter: Reporter) -> None:
+        with reporter.stages(("read", "search")) as on_stage:
+            on_stage("read", 1.0)
+            on_stage("search", 0.5)
+
+    assert printed(write, terminal=False) == ""
+    *_, read, search = ESCAPE.sub("", printed(write, terminal=True)).rstrip().splitlines()
+    assert re.search(r"read .*100 %", read)
+    assert re.search(r"search .*50 %", search)

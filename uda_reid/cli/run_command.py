@@ -10,10 +10,11 @@ from click.core import ParameterSource
 from uda_reid.cli.options import RunOptions
 from uda_reid.cli.run_folder import open_folder
 from uda_reid.errors import UserError
-from uda_reid.recipe import Recipe, dump_recipe, load_recipe
+from uda_reid.recipe import dump_recipe, load_recipe, load_strategy
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import COMMAND, RECIPE, RunLog
 from uda_reid.runs import is_finished
+from uda_reid.settings import Recipe
 from uda_reid.synthetic import DOMAINS
 
 WITH_RESUME = ("resume", "device")
@@ -94,7 +95,7 @@ def choose_recipe(
     chosen = name or ("demo" if dataset in DOMAINS else default)
     recipe = load_recipe(chosen, overrides, strategy)
     note = f"Recipe {chosen}{'' if name else ' (the default here)'}: {recipe.description}"
-    own = load_recipe(chosen).adapt.strategy
+    own = load_strategy(chosen)
     if strategy not in (None, own):
         note += f"; --strategy {strategy} replaces its strategy, so its section [adapt.{own}] is left out"
     return recipe, note

@@ -89,14 +89,14 @@ def centroids(features: Tensor, labels: Tensor) -> Tensor:
     labels = labels.to(features.device)
     gathered = all_gather(features, shard_sizes(len(labels)))
     inside = labels != OUTLIER
-    kept, numbers = gathered[inside], labels[inside]
-    if len(numbers) == 0:
+    kept, clusters = gathered[inside], labels[inside]
+    if len(clusters) == 0:
         return features.new_zeros(0, features.shape[1])
-    counts = torch.bincount(numbers)
+    counts = torch.bincount(clusters)
     if (counts == 0).any():
         missing = int((counts == 0).nonzero()[0])
         raise UserError(f"labels must use every number up to the highest, but cluster {missing} has no point.")
-    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, numbers, kept)
+    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, clusters, kept)
     means = F.normalize(sums / counts[:, None], dim=1)
     broadcast([means])  # sums on a GPU are not the same twice
     return means

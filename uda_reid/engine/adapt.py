@@ -52,7 +52,7 @@ def adapt(
     autocast = make_autocast(training, device)
     state.track_module("strategy", strategy, resize=strategy.resize_heads)
     networks = wrap_ddp(strategy.networks, some_unused=len(strategy.levels) > 1)
-    optimizer = GuardedOptimizer(settings.optim, strategy.trained, strategy.whole_batch, list(strategy.heads.values()))
+    optimizer = GuardedOptimizer(settings.optim, strategy.trained, strategy.whole_batch, strategy.head_list)
     batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
     meter = LossMeter(strategy.loss_names, device)
     guard = NonFiniteGuard(strategy.loss_names, training.patience, target.files, "adapt")
@@ -80,7 +80,7 @@ def adapt(
 
             torch.manual_seed(derive_seed(seed, epoch, SAMPLING))
             strategy.begin_epoch(features, labels)
-            optimizer.replace_heads(list(strategy.heads.values()))
+            optimizer.replace_heads(strategy.head_list)
             batches.begin_epoch(clustered, [derive_seed(seed, epoch, SAMPLING, i) for i in range(len(clustered))])
             meter.reset()
 

@@ -110,13 +110,13 @@ class LevelBatches:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns labels, seeds and the number of batches drawn."""
-        labels = {f"labels.{level}": each for level, each in self._labels.items()}
+        labels = {f"labels.{number}.{level}": each for number, (level, each) in enumerate(self._labels.items())}
         return {**labels, "seeds": torch.tensor(self._seeds, dtype=torch.int64), "drawn": torch.tensor(self._drawn)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restores an epoch, and draws again what was drawn."""
-        names = [name for name in state_dict if name.startswith("labels.")]
-        labels = {name.removeprefix("labels."): state_dict[name] for name in names}
+        names = sorted(name for name in state_dict if name.startswith("labels."))  # files keep no order
+        labels = {name.split(".", 2)[2]: state_dict[name] for name in names}
         self.begin_epoch(labels, state_dict["seeds"].tolist())
         for _ in range(int(state_dict["drawn"])):
             self._draw_indices()

@@ -59,6 +59,11 @@ class Strategy(nn.Module):
         """The modules inside `networks` that see images, which torch.compile may compile."""
         raise NotImplementedError
 
+    @property
+    def head_list(self) -> list[nn.Module]:
+        """The heads in an order that a resumed run finds again."""
+        return [self.heads[name] for name in sorted(self.heads)]
+
     def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Re-estimates batch-norm statistics on the target, before the first epoch.
 
@@ -104,5 +109,5 @@ class Strategy(nn.Module):
         """
         names = {key.split(".")[1] for key in stored if key.startswith("heads.")}
         device = next(self.parameters()).device
-        heads = {name: Classifiers.like(stored, f"heads.{name}.") for name in sorted(names)}
+        heads = {name: Classifiers.like(stored, f"heads.{name}.") for name in names}
         self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None}).to(device)

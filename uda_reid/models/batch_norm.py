@@ -8,10 +8,9 @@ section 3.2, https://arxiv.org/abs/1711.07240.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from uda_reid.distributed import world_size
+from uda_reid.distributed import all_reduce_sum, world_size
 from uda_reid.errors import UserError
 from uda_reid.models.bnneck import BNNeck
 
@@ -110,7 +109,7 @@ class GroupedBatchNorm(_BatchNorm):
         wide = input.to(torch.promote_types(input.dtype, torch.float32))
         values = wide.transpose(0, 1).flatten(1)
         own = torch.cat([values.sum(dim=1), values.new_full((1,), values.shape[1])])
-        total, count = all_reduce(own).split([self.num_features, 1])
+        total, count = all_reduce_sum(own).split([self.num_features, 1])
         if count < 2:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {input.shape} on this and at "
@@ -118,7 +117,7 @@ class GroupedBatchNorm(_BatchNorm):
             )
         mean = total / count
         # Squares about the common mean: sums of raw squares would cancel.
-        squares = all_reduce((values - mean[:, None]).square().sum(dim=1))
+        squares = all_reduce_sum((values - mean[:, None]).square().sum(dim=1))
         self._track(mean.detach(), squares.detach() / (count - 1))
         scale = (squares / count + self.eps).rsqrt()
         if self.weight is not None:

@@ -119,7 +119,7 @@ class LF2Networks(nn.Module):
             return {}
         if self.ema is None:
             return {level: student.feature_map[own].detach() for level, own in rows.items()}
-        # Rows of the parts follow one another, or are the same in a shared batch; those of the global level are not read.
+        # The rows of the parts follow one another, or are the same in a shared batch.
         start, stop = min(own.start for own in rows.values()), max(own.stop for own in rows.values())
         with torch.no_grad():
             maps = self.teacher(images[start:stop], camera_indices[start:stop]).feature_map

@@ -89,8 +89,9 @@ def all_gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     gathered = [part[:size] for part, size in zip(parts, sizes, strict=True)]
     if rows.requires_grad:
         factor = world_size()
-        rows.register_hook(lambda gradient: gradient * factor)
-        gathered[rank()] = rows
+        own = rows.view_as(rows)  # a hook on `rows` itself would also multiply gradients that reach it by other ways
+        own.register_hook(lambda gradient: gradient * factor)
+        gathered[rank()] = own
     return torch.cat(gathered)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-
-from uda_reid.data.image_store import ImageSettings
 from uda_reid.engine.feature_bank import blocks_of, camera_indices, extract
 from uda_reid.engine.run import Run
+
+from uda_reid.data.image_store import ImageSettings
 from uda_reid.report.console import Reporter
 
 IMAGES = ImageSettings(height=8, width=6, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from torch import Tensor
-
 from uda_reid.engine.loss_meter import LossMeter, Watch
+
 from uda_reid.errors import UserError
 
 TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from torch import nn
-
 from uda_reid.engine.optim import OptimSettings, learning_rate_factor, make_optimiser, set_learning_rate
+
 from uda_reid.errors import UserError
 
 # FusionReID: cosine over 180 epochs, 10 of warm-up from 1 %, down to 0.2 %.

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-
-from tests.engine.conftest import assert_same, bits, newest, states_in
 from uda_reid.engine.optim import OptimSettings, make_optimiser, set_learning_rate
 from uda_reid.engine.packing import pack_module, pack_optimiser, unpack_module, unpack_optimiser
+
+from tests.engine.conftest import assert_same, bits, newest, states_in
 from uda_reid.errors import UserError
 
 

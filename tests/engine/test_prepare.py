@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from uda_reid.engine.run import Run, TrainingSettings
 
 from uda_reid.engine.prepare import compile_network, prepare_network
-from uda_reid.engine.run import Run, TrainingSettings
 
 
 def net() -> nn.Sequential:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from uda_reid.engine.run import Run, pick_device, seed_at
+
 from uda_reid.errors import UserError
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import RunLog

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-
 from uda_reid.engine.team import Features, Team, is_lost_process
-from uda_reid.errors import UserError
 from uda_reid.retrieval.sharded import shard_bounds
+
+from uda_reid.errors import UserError
 
 PROCESSES = 2
 # Rows of each level; an odd number gives the processes unequal shares.

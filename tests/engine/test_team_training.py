@@ -19,9 +19,10 @@ ONE_STEP = ("adapt.epochs=1", "adapt.steps=1", "adapt.optim.learning_rate=0.1")
 KMEANS = ("adapt.cluster.method=kmeans", "adapt.cluster.clusters=8")
 CASES = {
     "every level": ("lf2", ()),
-    "a batch for each level": ("lf2", ("adapt.shared_batch=false",)),
+    # Without a ReLU after the first layer, whose gradient jumps where rounding moves an activation across zero.
+    "a batch for each level": ("lf2", ("adapt.shared_batch=false", "model.backbone=vit")),
     "an empty level": ("lf2", ()),
-    "an empty level, a batch for each": ("lf2", ("adapt.shared_batch=false",)),
+    "an empty level, a batch for each": ("lf2", ("adapt.shared_batch=false", "model.backbone=vit")),
     "k-means": ("lf2", KMEANS),
     "cross-instance": (
         "lf2",

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-
 from uda_reid.engine.optim import OptimSettings, make_optimiser
 from uda_reid.engine.team import Team
 from uda_reid.engine.train_step import Descent, supervised_losses
+
 from uda_reid.models.reid_model import Classifiers
 
 

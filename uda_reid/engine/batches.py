@@ -115,7 +115,8 @@ class LevelBatches:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restores an epoch, and draws again what was drawn."""
-        names = sorted(name for name in state_dict if name.startswith("labels."))  # files keep no order
+        names = [name for name in state_dict if name.startswith("labels.")]
+        names.sort(key=lambda name: int(name.split(".")[1]))  # files keep no order
         labels = {name.split(".", 2)[2]: state_dict[name] for name in names}
         self.begin_epoch(labels, state_dict["seeds"].tolist())
         for _ in range(int(state_dict["drawn"])):

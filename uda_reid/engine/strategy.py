@@ -80,7 +80,7 @@ class Strategy(nn.Module):
         """Makes the heads for new pseudo-labels.
 
         Args:
-            features: [n, D] L2-normalized, this process's rows of the target, by the names of `encode`.
+            features: [n, D] not normalized, this process's rows of the target, by the names of `encode`.
             labels: of all N target images, by level; one without clusters is skipped in this epoch.
         """
         raise NotImplementedError

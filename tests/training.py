@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uda_reid.build import build_strategy, load_image_set, make_model, open_data
+from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.records import anonymize
 from uda_reid.engine.adapt import adapt
@@ -109,15 +110,25 @@ def train_source(
     )
 
 
-def flatten_level(strategy: Strategy, level: str) -> None:
-    """Makes the features of a level the same for every image, so that there are no two clusters."""
-    encode = strategy.encode
+def flatten_level(strategy: Strategy, level: str, *, once: bool = False) -> None:
+    """Makes the features of a level the same for every image, so that there are no two clusters.
 
-    def flat(images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
+    Args:
+        once: only in the first epoch.
+    """
+    encode, begin_epoch = strategy.encode, strategy.begin_epoch
+
+    def encode_flat(images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
         features = encode(images, camera_indices)
         return {**features, level: torch.ones_like(features[level])}
 
-    strategy.encode = flat  # type: ignore[method-assign]
+    def begin_and_restore(features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
+        begin_epoch(features, labels)
+        strategy.encode = encode  # type: ignore[method-assign]
+
+    strategy.encode = encode_flat  # type: ignore[method-assign]
+    if once:
+        strategy.begin_epoch = begin_and_restore  # type: ignore[method-assign]
 
 
 def weights_of(*modules: nn.Module) -> dict[str, Tensor]:

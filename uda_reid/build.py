@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,75 +82,34 @@ def make_model(recipe: Recipe, cameras: int, *, seed: int, pretrained: bool) -> 
         pretrained: False leaves trunk weights out, for a model that a checkpoint will fill.
     """
     torch.manual_seed(derive_seed(seed))
+    model, image_size = recipe.model, (recipe.images.height, recipe.images.width)
+    no_weights = {} if pretrained else {"weights": "none"}
+
+    def cnn() -> CnnTrunk:
+        settings = asdict(model.cnn) | no_weights
+        del settings["pooling"]
+        return cnn_trunk(**settings)
+
+    def vit() -> VitTrunk:
+        settings = asdict(model.transformer) | no_weights
+        embeds_cameras = settings.pop("camera_embedding")
+        return vit_trunk(image_size=image_size, cameras=cameras if embeds_cameras else 0, **settings)
+
     makers: dict[str, Callable[[], Backbone]] = {
-        "cnn": lambda: PlainCnn(_make_cnn(recipe, pretrained), recipe.model.cnn.pooling),
-        "vit": lambda: PlainVit(_make_vit(recipe, cameras, pretrained)),
-        "sam_ibn": lambda: _make_sam_ibn(recipe, pretrained),
-        "fusion_reid": lambda: _make_fusion_reid(recipe, cameras, pretrained),
+        "cnn": lambda: PlainCnn(cnn(), model.cnn.pooling),
+        "vit": lambda: PlainVit(vit()),
+        "sam_ibn": lambda: SamIbn(image_size, **asdict(model.sam_ibn) | no_weights),
+        "fusion_reid": lambda: FusionReID(cnn(), vit(), **asdict(model.fusion)),
     }
-    backbone = makers[recipe.model.backbone]()
-    return ReIDModel(backbone, recipe.model.descriptor or None, recipe.model.neck_feature)
-
-
-def _make_fusion_reid(recipe: Recipe, cameras: int, pretrained: bool) -> FusionReID:
-    fusion = recipe.model.fusion
-    return FusionReID(
-        _make_cnn(recipe, pretrained),
-        _make_vit(recipe, cameras, pretrained),
-        dim=fusion.width,
-        layers=fusion.layers,
-        heads=fusion.heads,
-        mlp_ratio=fusion.mlp_ratio,
-        shared_encoder=fusion.shared_encoder,
-        lru=fusion.lru,
-        lru_kernel=fusion.lru_kernel,
-        seu=fusion.seu,
-        mfu=fusion.mfu,
-    )
-
-
-def _make_sam_ibn(recipe: Recipe, pretrained: bool) -> SamIbn:
-    sam = recipe.model.sam_ibn
-    return SamIbn(
-        (recipe.images.height, recipe.images.width),
-        weights=sam.weights if pretrained else "none",
-        attention=sam.attention,
-        eca=sam.eca,
-        fusion=sam.fusion,
-        heads=sam.heads,
-        last_stride=sam.last_stride,
-        stem_pool=sam.stem_pool,
-        options=sam.options,
-        pooling=sam.pooling,
-    )
-
-
-def _make_cnn(recipe: Recipe, pretrained: bool) -> CnnTrunk:
-    cnn = recipe.model.cnn
-    weights = cnn.weights if pretrained else "none"
-    return cnn_trunk(
-        cnn.name, weights=weights, last_stride=cnn.last_stride, stem_pool=cnn.stem_pool, options=cnn.options
-    )
-
-
-def _make_vit(recipe: Recipe, cameras: int, pretrained: bool) -> VitTrunk:
-    vit = recipe.model.transformer
-    return vit_trunk(
-        vit.name,
-        image_size=(recipe.images.height, recipe.images.width),
-        patch_stride=vit.patch_stride,
-        weights=vit.weights if pretrained else "none",
-        cameras=cameras if vit.camera_embedding else 0,
-        drop_path=vit.drop_path,
-        options=vit.options,
-    )
+    return ReIDModel(makers[model.backbone](), model.descriptor or None, model.neck_feature)
 
 
 def build_strategy(recipe: Recipe, model: ReIDModel, *, seed: int, device: torch.device) -> Strategy:
     """Returns the recipe's strategy around a source model, on the device; what the source lacks starts at random."""
     torch.manual_seed(derive_seed(seed, 1))
     strategy = make_strategy(model, recipe.adapt)
-    prepare(strategy, recipe.training, device)
+    strategy.to(device)
+    prepare(strategy.networks, recipe.training, device)  # what sees whole batches needs no statistics over processes
     compile_networks(strategy.encoders, recipe.training)
     return strategy
 

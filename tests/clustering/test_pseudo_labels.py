@@ -83,7 +83,8 @@ def test_centroids_are_mean_directions() -> None:
     labels = torch.arange(30) % 5 - 1
     found = centroids(features, labels)
     for number in range(4):
-        mean = torch.stack([f for f, label in zip(features, labels, strict=True) if label == number]).mean(dim=0)
+        members = [f / f.norm() for f, label in zip(features, labels, strict=True) if label == number]
+        mean = torch.stack(members).mean(dim=0)
         torch.testing.assert_close(found[number], mean / mean.norm())
     assert centroids(features, torch.full((30,), OUTLIER)).shape == (0, 6)
 

@@ -201,7 +201,7 @@ def test_every_parameter_of_each_block_is_trained(name: str, assert_all_trained:
 def test_every_module_of_the_stack_attends_to_the_refined_tokens(
     small_cnn: CnnTrunk, small_vit: VitTrunk, settings: dict[str, Any]
 ) -> None:
-    model: Any = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings).double()
+    model: Any = FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, **settings).double()
     shake(model.htm)
     images, camera_ids = torch.randn(3, 3, 64, 32, dtype=torch.float64), torch.tensor([0, 1, -1])
     # Running statistics move with every forward pass in training mode, its output does not depend on them.
@@ -246,7 +246,7 @@ def test_the_losses_of_all_outputs_train_every_parameter(
     assert_all_trained: Any,
     freeze_statistics: Any,
 ) -> None:
-    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings))
+    model = ReIDModel(FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, **settings))
     classifiers = Classifiers(model.output_widths, 4).double()
     labels = torch.arange(4).repeat_interleave(2)
     images = torch.randn(8, 3, 64, 32, dtype=torch.float64)
@@ -261,7 +261,7 @@ def test_the_losses_of_all_outputs_train_every_parameter(
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
 def test_no_loss_depends_on_what_is_frozen(small_cnn: CnnTrunk, small_vit: VitTrunk, settings: dict[str, Any]) -> None:
-    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, **settings)).double()
+    model = ReIDModel(FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, **settings)).double()
     shake(model)
     images = torch.randn(4, 3, 64, 32, dtype=torch.float64)
     before = model(images)
@@ -281,7 +281,7 @@ def test_a_switch_removes_the_parameters_of_its_part_and_no_others(
     small_cnn: CnnTrunk, small_vit: VitTrunk, shared: bool
 ) -> None:
     def keys(**settings: Any) -> set[str]:
-        model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, shared_encoder=shared, **settings)
+        model = FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, shared_encoder=shared, **settings)
         return set(model.state_dict())
 
     everything = keys()
@@ -297,7 +297,7 @@ def test_a_switch_removes_the_parameters_of_its_part_and_no_others(
 
 
 def test_without_transmission_modules_there_are_four_outputs(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
-    model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=0).eval()
+    model = FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, layers=0).eval()
     with torch.no_grad():
         out = model(torch.randn(1, 3, 64, 32))
     assert model.output_names == ("cnn", "transformer", "cnn_query", "transformer_query")
@@ -306,7 +306,7 @@ def test_without_transmission_modules_there_are_four_outputs(small_cnn: CnnTrunk
 
 @pytest.mark.parametrize("camera_ids", [None, torch.tensor([2]), torch.tensor([99])])
 def test_batch_of_one_of_any_camera(small_cnn: CnnTrunk, small_vit: VitTrunk, camera_ids: Tensor | None) -> None:
-    model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS).eval()
+    model = FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS).eval()
     with torch.no_grad():
         out = model(torch.randn(1, 3, 64, 32), camera_ids)
     assert [tuple(vector.shape) for vector in out.vectors] == [(1, width) for width in model.output_widths]
@@ -315,7 +315,7 @@ def test_batch_of_one_of_any_camera(small_cnn: CnnTrunk, small_vit: VitTrunk, ca
 
 
 def test_an_image_has_the_same_embeddings_alone_and_in_a_batch(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
-    model = FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS).eval()
+    model = FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS).eval()
     images = torch.randn(3, 3, 64, 32)
     with torch.no_grad():
         together, alone = model(images).vectors, model(images[1:2]).vectors
@@ -325,10 +325,10 @@ def test_an_image_has_the_same_embeddings_alone_and_in_a_batch(small_cnn: CnnTru
 def test_impossible_settings_are_refused(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
     for layers in (-1, 7):
         with pytest.raises(UserError, match=f"0 to 6 transmission modules, got {layers}"):
-            FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, layers=layers)
+            FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, layers=layers)
     with pytest.raises(UserError, match="needs seu or mfu, got neither"):
-        FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, seu=False, mfu=False)
+        FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, seu=False, mfu=False)
     with pytest.raises(UserError, match="width 12 of FusionReID must be a multiple of its 5 heads"):
-        FusionReID(small_cnn, small_vit, dim=DIM, heads=5)
+        FusionReID(small_cnn, small_vit, width=DIM, heads=5)
     with pytest.raises(UserError, match="must be odd, got 2"):
-        FusionReID(small_cnn, small_vit, dim=DIM, heads=HEADS, lru_kernel=2)
+        FusionReID(small_cnn, small_vit, width=DIM, heads=HEADS, lru_kernel=2)

@@ -119,7 +119,7 @@ def test_a_channel_that_is_zero_in_the_part_is_zero_in_the_fused_feature() -> No
 @pytest.fixture(params=["cnn", "hybrid"])
 def student(request: pytest.FixtureRequest, small_cnn: CnnTrunk, small_vit: VitTrunk) -> PartReIDModel:
     hybrid = request.param == "hybrid"
-    backbone = FusionReID(small_cnn, small_vit, dim=12, heads=3) if hybrid else PlainCnn(small_cnn)
+    backbone = FusionReID(small_cnn, small_vit, width=12, heads=3) if hybrid else PlainCnn(small_cnn)
     return PartReIDModel(ReIDModel(backbone), parts=2)
 
 
@@ -155,7 +155,7 @@ def test_descriptor_gives_every_level_the_same_weight(student: PartReIDModel) ->
 def test_chosen_outputs_and_neck_hold_for_the_adapted_descriptor(
     small_cnn: CnnTrunk, small_vit: VitTrunk, neck_feature: str
 ) -> None:
-    reid = ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3), ["transformer", "cnn_query"], neck_feature)
+    reid = ReIDModel(FusionReID(small_cnn, small_vit, width=12, heads=3), ["transformer", "cnn_query"], neck_feature)
     student = PartReIDModel(reid, parts=2)
     student(torch.randn(8, 3, 64, 32))  # moves the running statistics, so that the necks are not the identity
     out = student.eval()(torch.randn(3, 3, 64, 32))

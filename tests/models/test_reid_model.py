@@ -20,7 +20,7 @@ CHOSEN = ["cnn", "transformer_fused"]
 
 @pytest.fixture
 def hybrid(small_cnn: CnnTrunk, small_vit: VitTrunk) -> ReIDModel:
-    return ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3), CHOSEN)
+    return ReIDModel(FusionReID(small_cnn, small_vit, width=12, heads=3), CHOSEN)
 
 
 def test_every_output_has_a_neck_in_training_and_evaluation(hybrid: ReIDModel) -> None:
@@ -56,7 +56,7 @@ def test_the_model_has_the_attributes_of_its_backbone(hybrid: ReIDModel) -> None
 
 
 def test_all_outputs_are_compared_unless_some_are_chosen(small_cnn: CnnTrunk, small_vit: VitTrunk) -> None:
-    model = ReIDModel(FusionReID(small_cnn, small_vit, dim=12, heads=3))
+    model = ReIDModel(FusionReID(small_cnn, small_vit, width=12, heads=3))
     assert model.descriptor_size == 24 + 24 + 4 * 12
 
 

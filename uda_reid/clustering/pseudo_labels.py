@@ -77,17 +77,18 @@ def centroids(features: Tensor, labels: Tensor) -> Tensor:
     """Returns the mean direction of each cluster, with which a classifier over pseudo-labels starts. Collective.
 
     Args:
-        features: [n, D] float: this process's rows (`distributed.shard`) of the N, all of them for a single process.
+        features: [n, D] float of any row norm: this process's rows (`distributed.shard`) of the N, all of them for a
+            single process.
         labels: [N] int64, OUTLIER or 0..M-1, on any device; outliers are left out.
 
     Returns:
         [M, D] float, L2-normalized, the same on every process.
 
     Raises:
-        UserError: a number below the highest has no point.
+        UserError: features are refused by `normalize`, or a number below the highest has no point.
     """
     labels = labels.to(features.device)
-    gathered = all_gather(features, shard_sizes(len(labels)))
+    gathered = all_gather(normalize_shard(features), shard_sizes(len(labels)))
     inside = labels != OUTLIER
     kept, clusters = gathered[inside], labels[inside]
     if len(clusters) == 0:
@@ -96,7 +97,7 @@ def centroids(features: Tensor, labels: Tensor) -> Tensor:
     if (counts == 0).any():
         missing = int((counts == 0).nonzero()[0])
         raise UserError(f"labels must use every number up to the highest, but cluster {missing} has no point.")
-    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, clusters, kept)
+    sums = gathered.new_zeros(len(counts), features.shape[1]).index_add_(0, clusters, kept)
     means = F.normalize(sums / counts[:, None], dim=1)
     broadcast([means])  # sums on a GPU are not the same twice
     return means

@@ -51,7 +51,7 @@ def adapt(
     check_processes(settings.instances, training.batch_norm_group)
     autocast = make_autocast(training, device)
     state.track_module("strategy", strategy, resize=strategy.resize_heads)
-    networks = wrap_ddp(strategy.networks, some_unused=len(strategy.levels) > 1)
+    all_levels = wrap_ddp(strategy.networks, some_unused=False)
     optimizer = GuardedOptimizer(settings.optim, strategy.trained, strategy.whole_batch, strategy.head_list)
     batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
     meter = LossMeter(strategy.loss_names, device)
@@ -85,6 +85,9 @@ def adapt(
             meter.reset()
 
         strategy.train()
+        # A skipped level leaves parameters without a gradient, which DistributedDataParallel has to be told.
+        some_unused = bool(state.row["skipped_levels"])
+        networks = wrap_ddp(strategy.networks, some_unused=True) if some_unused else all_levels
         title = f"epoch {epoch + 1}/{settings.epochs}"
         for batch in report.track(
             batches.draw(epoch, state.steps(settings.steps)), title, settings.steps * batches.size, len

@@ -6,7 +6,6 @@ from math import ceil
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from uda_reid.data.image_set import ImageSet
 from uda_reid.distributed import shard
@@ -19,12 +18,14 @@ Encode = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 def extract_features(
     encode: Encode, batches: Iterable[tuple[Tensor, Tensor]], *, mirror: bool, autocast: torch.autocast
 ) -> dict[str, Tensor]:
-    """Returns the L2-normalized features of all images of this process, for each name that `encode` returns.
+    """Returns the features of all images of this process, for each name that `encode` returns.
+
+    They are not normalized: clustering, centroids and ranking each normalize what they read, once.
 
     Args:
         encode: called without gradients; its networks must be in evaluation mode.
         batches: normalized images [b, 3, H, W] float32 and camera indices [b] int64.
-        mirror: add the features of the mirrored image before normalizing.
+        mirror: add the features of the mirrored image.
 
     Returns:
         name -> [n, D] float32 on the device of the images.
@@ -38,7 +39,7 @@ def extract_features(
                     mirrored = encode(images.flip(3), cameras)
                     features = {name: features[name] + mirrored[name] for name in features}
             for name, feature in features.items():
-                found.setdefault(name, []).append(F.normalize(feature.float(), dim=1))
+                found.setdefault(name, []).append(feature.float())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -168,7 +168,7 @@ class FusionReID(nn.Module):
     Args:
         cnn: trunk of the convolutional branch.
         transformer: trunk of the transformer branch.
-        dim: D of the refined maps and query tokens.
+        width: D of the refined maps and query tokens.
         layers: L, the number of stacked HTMs, up to 6; 0 leaves out the HTM and with it the two fused outputs.
         heads: attention heads in every unit.
         mlp_ratio: hidden width of every MLP over D.
@@ -190,7 +190,7 @@ class FusionReID(nn.Module):
         cnn: CnnTrunk,
         transformer: VitTrunk,
         *,
-        dim: int = 768,
+        width: int = 768,
         layers: int = 2,
         heads: int = 12,
         mlp_ratio: float = 4.0,
@@ -203,20 +203,20 @@ class FusionReID(nn.Module):
         super().__init__()
         if not 0 <= layers <= 6:
             raise UserError(f"FusionReID stacks 0 to 6 transmission modules, got {layers}: choose a number between.")
-        if dim % heads:
+        if width % heads:
             raise UserError(
-                f"The width {dim} of FusionReID must be a multiple of its {heads} heads: change one of them."
+                f"The width {width} of FusionReID must be a multiple of its {heads} heads: change one of them."
             )
         self.cnn = cnn
         self.transformer = transformer
         self.lru_cnn, self.lru_transformer = (
-            LRU(trunk.channels, dim, lru_kernel) if lru else nn.Conv2d(trunk.channels, dim, 1)
+            LRU(trunk.channels, width, lru_kernel) if lru else nn.Conv2d(trunk.channels, width, 1)
             for trunk in (cnn, transformer)
         )
         self.gem = nn.ModuleDict({name: GeM() for name in ("cnn", "cnn_query", "transformer_query")})
         self.htm = nn.ModuleList(
             HeterogenousTransmissionModule(
-                dim, heads, mlp_ratio, shared_encoder=shared_encoder, seu=seu, mfu=mfu, last=index == layers - 1
+                width, heads, mlp_ratio, shared_encoder=shared_encoder, seu=seu, mfu=mfu, last=index == layers - 1
             )
             for index in range(layers)
         )
@@ -225,8 +225,8 @@ class FusionReID(nn.Module):
             _freeze(self, "lru_cnn.act_pointwise.weight", "lru_transformer.act_pointwise.weight")
         fused = ("cnn_fused", "transformer_fused") if layers else ()
         self.output_names = ("cnn", "transformer", "cnn_query", "transformer_query", *fused)
-        self.output_widths = (cnn.channels, transformer.channels, dim, dim, *(dim for _ in fused))
-        self.map_channels = 2 * dim
+        self.output_widths = (cnn.channels, transformer.channels, width, width, *(width for _ in fused))
+        self.map_channels = 2 * width
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput:
         cnn_map = self.cnn(images)

@@ -119,15 +119,11 @@ class LF2Networks(nn.Module):
             return {}
         if self.ema is None:
             return {level: student.feature_map[own].detach() for level, own in rows.items()}
-        # Levels that share a batch have the same rows, which are encoded once.
-        distinct = sorted({(own.start, own.stop) for own in rows.values()})
-        images, camera_indices = (
-            torch.cat([tensor[start:stop] for start, stop in distinct]) for tensor in (images, camera_indices)
-        )
+        # The rows of the parts follow one another, or are the same in a shared batch.
+        start, stop = min(own.start for own in rows.values()), max(own.stop for own in rows.values())
         with torch.no_grad():
-            maps = self.teacher(images, camera_indices).feature_map
-        map_of = dict(zip(distinct, maps.split([stop - start for start, stop in distinct]), strict=True))
-        return {level: map_of[own.start, own.stop] for level, own in rows.items()}
+            maps = self.teacher(images[start:stop], camera_indices[start:stop]).feature_map
+        return {level: maps[own.start - start : own.stop - start] for level, own in rows.items()}
 
 
 class LF2(Strategy):

@@ -40,7 +40,9 @@ class Net(nn.Module):
         found = {level: self.layer(each) for level, each in rows.items()}
         if use_other:
             found = {level: each + self.other(rows[level]) for level, each in found.items()}
-        return {level: Output(each, each, each.view(-1, 2, 2).to(torch.bfloat16), None) for level, each in found.items()}
+        return {
+            level: Output(each, each, each.view(-1, 2, 2).to(torch.bfloat16), None) for level, each in found.items()
+        }
 
 
 def inputs() -> dict[str, Tensor]:

@@ -84,7 +84,9 @@ class Backbone(nn.Module):
     output_widths = WIDTHS
     map_channels = CHANNELS
 
-    def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(
+        self, images: Tensor, camera_ids: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         raise AssertionError("the objective only reads names and widths")
 
 
@@ -111,7 +113,12 @@ def make_output(count: int) -> GlobalOutput:
 
 @torch.no_grad()
 def expected_losses(
-    objective: CrossInstance, output: GlobalOutput, index: int, labels: Tensor, classifiers: Classifiers, smoothing: float
+    objective: CrossInstance,
+    output: GlobalOutput,
+    index: int,
+    labels: Tensor,
+    classifiers: Classifiers,
+    smoothing: float,
 ) -> dict[str, float]:
     """From what the modules return (`tests/models/test_cross_instance.py`), by loops over the images."""
     settings, embedding, heads = objective.settings, output.embeddings[index], list(classifiers.heads)
@@ -120,7 +127,9 @@ def expected_losses(
         intra = objective.intra(embedding, output.feature_map, labels)
         valid = [labels.tolist().count(label) > 1 for label in labels.tolist()]
         assert intra.valid.tolist() == valid
-        distances = [1 - torch.dot(a, b) / (a.norm() * b.norm()) for a, b in zip(embedding, intra.embedding, strict=True)]
+        distances = [
+            1 - torch.dot(a, b) / (a.norm() * b.norm()) for a, b in zip(embedding, intra.embedding, strict=True)
+        ]
         distillation = sum(float(d) for d, counts in zip(distances, valid, strict=True) if counts) / max(sum(valid), 1)
         logits = intra.bn_embedding @ heads.pop(0).weight.T
         identity = looped_cross_entropy(logits, labels, smoothing, valid)

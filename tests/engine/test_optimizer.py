@@ -310,7 +310,9 @@ def test_a_resumed_training_ends_with_the_same_bits(
     forgetful_net, _, forgetful = start(1)
     forgetful_net.load_state_dict(saved_net)
     train(forgetful_net, forgetful, range(3, 6))
-    assert not torch.equal(forgetful_net.head.weight, net.head.weight), "the moments matter, so the test shows something"
+    assert not torch.equal(forgetful_net.head.weight, net.head.weight), (
+        "the moments matter, so the test shows something"
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -330,7 +332,9 @@ def test_the_first_gradient_of_a_parameter_may_come_late_and_after_a_resume(
     train(net, whole, [3])
     train(resumed_net, resumed, [3])
     if name != "sgd":  # a first step of Adam is as long as the rate
-        torch.testing.assert_close((net.late.weight - before).abs(), torch.full_like(before, 0.05 / 4), rtol=0.01, atol=0)
+        torch.testing.assert_close(
+            (net.late.weight - before).abs(), torch.full_like(before, 0.05 / 4), rtol=0.01, atol=0
+        )
     train(net, whole, range(4, 6))
     train(resumed_net, resumed, range(4, 6))
     assert_same(resumed_net.state_dict(), net.state_dict())

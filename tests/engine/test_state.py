@@ -76,7 +76,8 @@ def train(
             features = network(batch.images).mean(dim=(2, 3))
             logits = heads.classifier(features * torch.rand_like(features))  # as from dropout
             losses = {
-                level: nn.functional.cross_entropy(logits[own], batch.labels[level]) for level, own in batch.rows.items()
+                level: nn.functional.cross_entropy(logits[own], batch.labels[level])
+                for level, own in batch.rows.items()
             }
             meter.update(losses, optimizer.step(losses, 1.0))
         state.rows.append({**state.row, **meter.means(), "seconds": state.seconds})

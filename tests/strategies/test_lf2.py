@@ -189,7 +189,8 @@ def test_every_trainable_parameter_gets_a_gradient(statistics: str, switches: di
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     total(losses_of(strategy, strategy.levels)).backward()
-    assert without_gradient(*trained) == set()
+    shifts = {f"{name}.block.mlp.fc2.bias" for name in ("intra", "inter")}  # of all images alike, before a neck
+    assert without_gradient(*trained) <= (shifts if statistics == "of the batch" else set())
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])

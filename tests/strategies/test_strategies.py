@@ -102,7 +102,8 @@ def test_heads_of_any_epoch_are_restored(recipe: Recipe) -> None:
         begin(restored, 5)
         restored.resize_heads(stored)
         restored.load_state_dict(stored)
-        assert list(restored.state_dict()) == list(stored), "in the order in which they were made"
+        shapes = [[tuple(p.shape) for p in parameters(*each.head_list)] for each in (restored, strategy)]
+        assert shapes[0] == shapes[1], "the optimizer numbers its parameters"
         assert all(torch.equal(tensor, stored[name]) for name, tensor in restored.state_dict().items())
 
 

@@ -189,9 +189,7 @@ def test_each_level_is_clustered_by_its_own_features(tiny_recipe: Recipe) -> Non
 
 
 @pytest.mark.parametrize("mirror", ["true", "false"])
-def test_begin_epoch_gets_the_features_of_every_image(
-    mirror: str, tiny_target: ImageSet, tiny_recipe: Recipe
-) -> None:
+def test_begin_epoch_gets_the_features_of_every_image(mirror: str, tiny_target: ImageSet, tiny_recipe: Recipe) -> None:
     recipe = varied(tiny_recipe, f"adapt.mirror={mirror}", "adapt.epochs=1", "adapt.feature_batch=7")
     strategy = new_strategy(recipe)
     begin_epoch, seen = strategy.begin_epoch, []

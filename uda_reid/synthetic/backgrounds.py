@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from uda_reid.synthetic.person import Colour
-from uda_reid.synthetic.props import PROPS, Draw, vary
+from uda_reid.synthetic.props import PROPS, Draw, disc, vary
 
 SCENE_WIDTH, SCENE_HEIGHT = 960, 460
 
@@ -110,9 +110,7 @@ def _wall(draw: Draw, scenery: Scenery, foot: float, rng: np.random.Generator) -
     if scenery.wall == "hedge":
         for x, y in rng.uniform((0, 0), (SCENE_WIDTH, foot), (1500, 2)).tolist():
             size = rng.uniform(3, 11)
-            draw.ellipse(
-                (x - size, y - size, x + size, y + size), fill=vary(colour if rng.random() < 0.6 else accent, rng, 18)
-            )
+            disc(draw, x, y, size, vary(colour if rng.random() < 0.6 else accent, rng, 18))
         return
     if scenery.wall in ("brick", "tiles"):
         unit, course = (26, 10) if scenery.wall == "brick" else (30, 30)

@@ -28,11 +28,10 @@ def texture(garment: Garment) -> Image.Image:
         for start in steps:
             draw.rectangle((0, start, TEXTURE, start + pitch // 2 - 1), fill=accent)
     if garment.pattern in ("pinstripes", "plaid"):
-        blend = Image.new("RGB", image.size, accent)
         bars = Image.new("L", image.size, 0)
         for start in steps:
             ImageDraw.Draw(bars).rectangle((start, 0, start + pitch // 3, TEXTURE), fill=170)
-        image.paste(blend, (0, 0), bars)
+        image.paste(accent, (0, 0), bars)
     if garment.pattern == "dots":
         for row, y in enumerate(steps):
             for x in steps:
@@ -50,15 +49,14 @@ def texture(garment: Garment) -> Image.Image:
 
 
 class Canvas:
-    """Draws shaded solids; coordinates are canvas pixels, `SCALE` times those of the finished image."""
+    """Draws shaded solids; coordinates are canvas pixels, `SCALE` times those of the finished image.
+
+    Args:
+        background: RGB, of SCALE times the size of the finished image; it is drawn over.
+        light: side of the light, from -1 (left) to 1 (right).
+    """
 
     def __init__(self, background: Image.Image, light: float) -> None:
-        """Starts with a background.
-
-        Args:
-            background: RGB, of SCALE times the size of the finished image; it is drawn over.
-            light: side of the light, from -1 (left) to 1 (right).
-        """
         self.albedo = background
         self.shade = Image.new("L", background.size, NEUTRAL)
         self.light = light
@@ -67,11 +65,8 @@ class Canvas:
 
     def polygon(self, points: Sequence[Point], ink: Ink, anchor: Point = (0.0, 0.0)) -> None:
         """Fills a polygon without shading; `anchor` is the point at the center of a garment's texture."""
-        if not isinstance(ink, Garment):
-            self._colour.polygon(points, fill=ink)
-            return
-        if ink.pattern == "plain":
-            self._colour.polygon(points, fill=ink.colour)
+        if not isinstance(ink, Garment) or ink.pattern == "plain":
+            self._colour.polygon(points, fill=ink.colour if isinstance(ink, Garment) else ink)
             return
         left, top = int(min(x for x, _ in points)), int(min(y for _, y in points))
         size = (int(max(x for x, _ in points)) - left + 2, int(max(y for _, y in points)) - top + 2)

@@ -87,17 +87,12 @@ def decal(
     if low >= high:
         return
     left, right = ((a * sin(edge - figure.pose.yaw), b * cos(edge - figure.pose.yaw)) for edge in (low, high))
-    corners = [
-        figure.at(left[0], top, left[1]),
-        figure.at(right[0], top, right[1]),
-        figure.at(right[0], bottom, right[1]),
-        figure.at(left[0], bottom, left[1]),
-    ]
+    edges = ((left, top), (right, top), (right, bottom), (left, bottom))
+    corners = [figure.at(side[0], up, side[1]) for side, up in edges]
     if round_shape:
         x, y = (sum(axis) / 4 for axis in zip(*corners, strict=True))
-        figure.canvas.ellipse(
-            (x, y), abs(corners[1][0] - corners[0][0]) / 2, abs(corners[3][1] - corners[0][1]) / 2, colour
-        )
+        rx, ry = abs(corners[1][0] - corners[0][0]) / 2, abs(corners[3][1] - corners[0][1]) / 2
+        figure.canvas.ellipse((x, y), rx, ry, colour)
     else:
         figure.canvas.polygon(corners, colour)
 

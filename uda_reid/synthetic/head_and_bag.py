@@ -1,6 +1,5 @@
 """Heads and bags: details that identify a person from some sides only."""
 
-from uda_reid.synthetic.canvas import Point
 from uda_reid.synthetic.figure import Figure, decal, mix
 from uda_reid.synthetic.person import Colour
 
@@ -17,15 +16,12 @@ def add_head(figure: Figure) -> None:
         if person.scarf is None:
             canvas.tube([centre, neck], [0.032 * size, 0.036 * size], person.skin)
         bald = style == "bald"
-        swell = 1.3 if style == "afro" else 1.08
-        canvas.ball(
-            centre, rx * (1.0 if bald else swell), ry * (1.0 if bald else swell), person.skin if bald else person.hair
-        )
+        swell = 1.0 if bald else 1.3 if style == "afro" else 1.08
+        canvas.ball(centre, rx * swell, ry * swell, person.skin if bald else person.hair)
         width = 0.48 + 0.42 * turn
         if width > 0.12 and not bald:
-            canvas.ellipse(
-                (centre[0] + 0.5 * rx * figure.sin, centre[1] + 0.16 * ry), rx * width, ry * 0.84, person.skin
-            )
+            face = (centre[0] + 0.5 * rx * figure.sin, centre[1] + 0.16 * ry)
+            canvas.ellipse(face, rx * width, ry * 0.84, person.skin)
         if turn > -0.2:
             x, y = centre[0] + 0.62 * rx * figure.sin, centre[1]
             half = rx * (0.3 + 0.35 * max(turn, 0.0))
@@ -37,12 +33,11 @@ def add_head(figure: Figure) -> None:
         if person.hat != "none":
             top = (centre[0], centre[1] - 0.42 * ry)
             canvas.ball(top, rx * 1.15, ry * 0.68, person.hat_colour)
-            if person.hat in ("cap", "sunhat"):
-                wide = 1.9 if person.hat == "sunhat" else 0.85
-                ahead = 0.0 if person.hat == "sunhat" else 0.8 * rx * figure.sin
-                drop = 0.05 * ry + (0.25 * ry * max(turn, 0.0) if person.hat == "cap" else 0.0)
-                if person.hat == "sunhat" or turn > -0.5:
-                    canvas.ellipse((top[0] + ahead, top[1] + 0.3 * ry + drop), rx * wide, 0.16 * ry, person.hat_colour)
+            if person.hat == "sunhat":
+                canvas.ellipse((top[0], top[1] + 0.3 * ry + 0.05 * ry), rx * 1.9, 0.16 * ry, person.hat_colour)
+            elif person.hat == "cap" and turn > -0.5:
+                x, y = top[0] + 0.8 * rx * figure.sin, top[1] + 0.3 * ry + (0.05 * ry + 0.25 * ry * max(turn, 0.0))
+                canvas.ellipse((x, y), rx * 0.85, 0.16 * ry, person.hat_colour)
 
     figure.later(0.02, paint)
     tail = {"long": (0.1, 0.046), "ponytail": (0.12, 0.022), "bob": (0.035, 0.05)}.get(style)
@@ -74,8 +69,8 @@ def add_bag(figure: Figure) -> None:
         def paint_pack() -> None:
             canvas.tube([top, mix(top, bottom, 0.15), bottom], [half * 0.7, half, half], bag.colour)
             if figure.depth(0.0, behind) > 0.03:
-                pocket = mix(top, bottom, 0.55)
-                canvas.polygon(_box(pocket, bottom, half * 0.7), bag.accent)
+                (x0, y0), (x1, y1), wide = mix(top, bottom, 0.55), bottom, half * 0.7
+                canvas.polygon([(x0 - wide, y0), (x0 + wide, y0), (x1 + wide, y1), (x1 - wide, y1)], bag.accent)
 
         figure.later(figure.depth(0.0, behind) + (0.07 if figure.cos < 0 else 0.0), paint_pack)
         figure.later(0.01, paint_straps)
@@ -101,12 +96,3 @@ def add_bag(figure: Figure) -> None:
     # On the far side even the legs, which are otherwise painted first, hide it.
     depth = figure.depth(where[0], where[2])
     figure.later(depth + 0.06 if depth > -0.03 else -2.0, paint)
-
-
-def _box(top: Point, bottom: Point, half: float) -> list[Point]:
-    return [
-        (top[0] - half, top[1]),
-        (top[0] + half, top[1]),
-        (bottom[0] + half, bottom[1]),
-        (bottom[0] - half, bottom[1]),
-    ]

@@ -1,39 +1,16 @@
 """Identities: build, clothes and belongings of a person, and the wardrobe that they are drawn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 Colour = tuple[int, int, int]
-Weights = tuple[
-    tuple[str, float], ...
-]  # name and relative frequency; tuples, so that a domain can be the key of a cache
+# Name and relative frequency; tuples, so that a domain can be the key of a cache.
+Weights = tuple[tuple[str, float], ...]
 
-SKINS: tuple[Colour, ...] = (
-    (246, 214, 190),
-    (232, 190, 160),
-    (206, 158, 122),
-    (168, 118, 84),
-    (122, 82, 58),
-    (84, 58, 44),
-)
-HAIRS: tuple[Colour, ...] = (
-    (32, 26, 24),
-    (58, 40, 30),
-    (96, 64, 40),
-    (150, 104, 60),
-    (206, 170, 110),
-    (128, 124, 122),
-    (130, 54, 34),
-)
-SHOES: tuple[Colour, ...] = (
-    (30, 30, 32),
-    (236, 236, 234),
-    (110, 74, 46),
-    (196, 44, 48),
-    (60, 84, 140),
-    (150, 150, 152),
-)
+SKINS = ((246, 214, 190), (232, 190, 160), (206, 158, 122), (168, 118, 84), (122, 82, 58), (84, 58, 44))
+HAIRS = ((32, 26, 24), (58, 40, 30), (96, 64, 40), (150, 104, 60), (206, 170, 110), (128, 124, 122), (130, 54, 34))
+SHOES = ((30, 30, 32), (236, 236, 234), (110, 74, 46), (196, 44, 48), (60, 84, 140), (150, 150, 152))
 
 
 @dataclass(frozen=True)
@@ -142,7 +119,7 @@ def sample_person(wardrobe: Wardrobe, rng: np.random.Generator) -> Person:
         int(rng.integers(8, 22)),
     )
     if upper_kind == "dress":
-        lower = Garment("skirt", upper.colour, upper.pattern, upper.accent, upper.pitch)
+        lower = replace(upper, kind="skirt")
     else:
         lower = Garment(
             pick(rng, wardrobe.lowers),

@@ -63,19 +63,15 @@ def photograph(
     obstacle = rng.random() / lens.occlusion if lens.occlusion > 0 else 1.0
     if rng.random() < 0.5 * lens.occlusion:
         _passer_by(canvas, domain, rng, pose, behind=True)
-    _shadow(canvas, pose, light, lens.shadow)
+    x, y, reach = *pose.feet, 0.16 * pose.pixels
+    shade = (x - 0.9 * light * reach, y - 0.1 * reach)
+    canvas.cast_shadow(shade, reach * (1 + abs(light)), 0.3 * reach, lens.shadow)
     draw_person(canvas, person_of(domain, seed, identity), pose)
     if obstacle < 0.35:
         _passer_by(canvas, domain, rng, pose, behind=False)
     elif obstacle < 1:
         _obstacle(canvas, rng)
     return expose(canvas.finish(), lens, rng)
-
-
-def _shadow(canvas: Canvas, pose: Pose, light: float, strength: float) -> None:
-    x, y = pose.feet
-    reach = 0.16 * pose.pixels
-    canvas.cast_shadow((x - 0.9 * light * reach, y - 0.1 * reach), reach * (1 + abs(light)), 0.3 * reach, strength)
 
 
 def _passer_by(canvas: Canvas, domain: Domain, rng: np.random.Generator, pose: Pose, *, behind: bool) -> None:

@@ -110,11 +110,7 @@ def _trunk(figure: Figure) -> None:
             solid([*seat, ring(person.leg - 0.05, hips[0] * 0.95, hips[1])], lower)
 
     def paint_upper() -> None:
-        hem = {"coat": person.leg - 0.2, "hoodie": person.leg + 0.0, "jacket": person.leg + 0.01}.get(
-            upper.kind, person.leg + 0.03
-        )
-        if upper.kind == "dress":
-            hem = person.leg + 0.09
+        hem = person.leg + {"coat": -0.2, "hoodie": 0.0, "jacket": 0.01, "dress": 0.09}.get(upper.kind, 0.03)
         rings = [
             ring(0.845, person.shoulder * 0.45, 0.035),
             ring(0.82, person.shoulder * 0.95, 0.05 * bulk),
@@ -140,19 +136,7 @@ def _prints(figure: Figure, hem: float) -> None:
     if person.inner is not None:
         decal(figure, 0.0, 0.42, 0.83, hem, person.inner)
     shapes = {"disc": (0.5, 0.075), "bar": (1.0, 0.03), "box": (0.7, 0.1)}
-    if person.chest in shapes and person.inner is None:
-        width, tall = shapes[person.chest]
-        decal(
-            figure,
-            0.0,
-            width,
-            0.75 + tall / 2,
-            0.75 - tall / 2,
-            person.print_colour,
-            round_shape=person.chest == "disc",
-        )
-    if person.back in shapes:
-        width, tall = shapes[person.back]
-        decal(
-            figure, pi, width, 0.73 + tall / 2, 0.73 - tall / 2, person.print_colour, round_shape=person.back == "disc"
-        )
+    for kind, angle, up in ((person.chest if person.inner is None else "none", 0.0, 0.75), (person.back, pi, 0.73)):
+        if kind in shapes:
+            width, tall = shapes[kind]
+            decal(figure, angle, width, up + tall / 2, up - tall / 2, person.print_colour, round_shape=kind == "disc")

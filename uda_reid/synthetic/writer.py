@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -111,49 +113,45 @@ def write_domain(
         )
     if workers < 1 or seed < 0:
         raise UserError(f"Rendering needs 1 worker or more and a seed of 0 or more, got {workers} and {seed}.")
-    out = Path(out)
     shots = plan_shots(domain, train, test, seed)
-    names = file_names(domain, shots, seed)
+    named = list(zip(shots, file_names(domain, shots, seed), strict=True))
     with _appearing(out) as folder:
         for name in (TRAIN, QUERY, GALLERY):
             (folder / name).mkdir()
-        starts = range(0, len(shots), CHUNK)
-        tasks = [(domain, seed, folder, shots[i : i + CHUNK], names[i : i + CHUNK]) for i in starts]
-        done = 0
-        for written in _run(tasks, workers):
-            done += written
+        chunks = [named[start : start + CHUNK] for start in range(0, len(named), CHUNK)]
+        for done in accumulate(_map(partial(_write_chunk, domain, seed, folder), chunks, workers)):
             if on_progress is not None:
                 on_progress(done, len(shots))
-        facts = {
+        metadata = {
             "name": domain.name, "summary": domain.summary, "seed": seed, "train_identities": train,
             "test_identities": test, "cameras": len(domain.cameras), "images": len(shots), "generator_version": VERSION,
         }  # fmt: skip
-        (folder / "domain.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (folder / "domain.json").write_text(json.dumps(metadata, indent=2) + "\n")
     return out
 
 
-Task = tuple[Domain, int, Path, list[Shot], list[str]]
+Chunk = list[tuple[Shot, str]]  # images and their file names
 
 
-def _run(tasks: list[Task], workers: int) -> Iterator[int]:
+def _map(write: Callable[[Chunk], int], chunks: list[Chunk], workers: int) -> Iterator[int]:
+    """Yields what `write` returns for each chunk, in order."""
     if workers == 1:
-        yield from map(_write_chunk, tasks)
+        yield from map(write, chunks)
         return
     # Spawned, not forked, since threads of a numerical library in the caller do not survive a fork.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        yield from pool.map(_write_chunk, tasks)
+        yield from pool.map(write, chunks)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _write_chunk(task: Task) -> int:
-    domain, seed, folder, shots, names = task
-    for shot, name in zip(shots, names, strict=True):
+def _write_chunk(domain: Domain, seed: int, folder: Path, chunk: Chunk) -> int:
+    for shot, name in chunk:
         image = photograph(domain, seed, shot.identity, shot.camera, shot.number, spoiled=shot.label == JUNK)
         quality = domain.cameras[shot.camera - 1].quality
         (folder / shot.folder / name).write_bytes(encode(image, quality))
-    return len(shots)
+    return len(chunk)
 
 
 @contextmanager
@@ -163,8 +161,7 @@ def _appearing(out: Path) -> Iterator[Path]:
         raise UserError(f"The output must be a new or empty folder, but {out} is neither; remove it or name another.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.partial"
-    if folder.exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call
     folder.mkdir()
     try:
         yield folder
@@ -172,5 +169,4 @@ def _appearing(out: Path) -> Iterator[Path]:
             out.rmdir()
         folder.rename(out)
     finally:
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)

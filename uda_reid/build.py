@@ -19,10 +19,9 @@ from uda_reid.engine.prepare import compile_networks, prepare
 from uda_reid.engine.strategy import Strategy
 from uda_reid.errors import UserError
 from uda_reid.models.attention_resnet import SamIbn
-from uda_reid.models.backbone import Backbone
+from uda_reid.models.backbone import Backbone, PlainCnn, PlainVit
 from uda_reid.models.fusion_reid import FusionReID
 from uda_reid.models.part_fusion import PartReIDModel
-from uda_reid.models.plain import PlainCnn, PlainVit
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
 from uda_reid.recipe import override_recipe, parse_recipe

@@ -41,7 +41,7 @@ def encoder() -> Encoder:
 
 
 def looped(encoder: Encoder, data: ImageSet, mirror: bool) -> dict[str, Tensor]:
-    """Image by image, from the definition: features of image and mirrored image summed, then of length 1."""
+    """Image by image, from the definition: features of image and mirrored image summed."""
     found: dict[str, list[Tensor]] = {"long": [], "short": []}
     for image, camera in zip(data.images, data.camera_indices, strict=True):
         pixels = torch.zeros(1, 3, 8, 6)
@@ -50,8 +50,7 @@ def looped(encoder: Encoder, data: ImageSet, mirror: bool) -> dict[str, Tensor]:
         mirrored = pixels[..., torch.arange(5, -1, -1)]
         with torch.no_grad():
             for name, feature in encoder(pixels, camera[None]).items():
-                total = feature + encoder(mirrored, camera[None])[name] if mirror else feature
-                found[name].append(total[0] / total[0].pow(2).sum().sqrt())
+                found[name].append((feature + encoder(mirrored, camera[None])[name] if mirror else feature)[0])
     return {name: torch.stack(rows) for name, rows in found.items()}
 
 
@@ -70,8 +69,7 @@ def test_features_equal_a_loop_for_every_batch(encoder: Encoder, images: ImageSe
     assert found.keys() == expected.keys()
     for name, reference in expected.items():
         assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name], reference, rtol=0, atol=2e-6)
-        torch.testing.assert_close(found[name].norm(dim=1), torch.ones(23))
+        torch.testing.assert_close(found[name], reference, rtol=1e-5, atol=4e-6)
     assert max(encoder.sizes) <= size
     assert sum(encoder.sizes) == 23 * (2 if mirror else 1), "each image is encoded once, and once mirrored"
 
@@ -83,7 +81,7 @@ def test_with_the_mirror_features_no_longer_depend_on_left_and_right(encoder: En
     torch.testing.assert_close(extract(encoder, flipped, size=8, mirror=True)["long"], both)
 
 
-def test_features_of_half_precision_are_normalized_in_float32(encoder: Encoder, images: ImageSet) -> None:
+def test_features_of_half_precision_become_float32(encoder: Encoder, images: ImageSet) -> None:
     half = torch.autocast("cpu", torch.bfloat16)
     seen = []
 
@@ -95,7 +93,7 @@ def test_features_of_half_precision_are_normalized_in_float32(encoder: Encoder, 
     found = extract(encode, images, size=5, mirror=True, autocast=half)["short"]
     assert set(seen) == {torch.bfloat16}
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(23))
+    torch.testing.assert_close(found, looped(encoder, images, mirror=True)["short"], rtol=0.1, atol=0.1)
 
 
 def test_features_can_start_a_classifier_that_learns(encoder: Encoder, images: ImageSet) -> None:

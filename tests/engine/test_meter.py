@@ -104,7 +104,11 @@ def test_a_good_step_restarts_the_count() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_reports_from_a_gpu_are_read_at_the_end_at_the_latest() -> None:
     guard = make_guard(2)
-    with pytest.raises(UserError, match="At step 2 the triplet loss"):
+
+    def update_and_flush() -> None:
         for step in (1, 2):
             guard.update(f"step {step}", report(math.nan).cuda(), torch.tensor([0]))
         guard.flush()
+
+    with pytest.raises(UserError, match="At step 2 the triplet loss"):
+        update_and_flush()

@@ -310,9 +310,7 @@ def test_a_resumed_training_ends_with_the_same_bits(
     forgetful_net, _, forgetful = start(1)
     forgetful_net.load_state_dict(saved_net)
     train(forgetful_net, forgetful, range(3, 6))
-    assert not torch.equal(forgetful_net.head.weight, net.head.weight), (
-        "the moments matter, so the test shows something"
-    )
+    assert not torch.equal(forgetful_net.head.weight, net.head.weight), "the moments matter"
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -332,9 +330,8 @@ def test_the_first_gradient_of_a_parameter_may_come_late_and_after_a_resume(
     train(net, whole, [3])
     train(resumed_net, resumed, [3])
     if name != "sgd":  # a first step of Adam is as long as the rate
-        torch.testing.assert_close(
-            (net.late.weight - before).abs(), torch.full_like(before, 0.05 / 4), rtol=0.01, atol=0
-        )
+        length = torch.full_like(before, 0.05 / 4)
+        torch.testing.assert_close((net.late.weight - before).abs(), length, rtol=0.01, atol=0)
     train(net, whole, range(4, 6))
     train(resumed_net, resumed, range(4, 6))
     assert_same(resumed_net.state_dict(), net.state_dict())
@@ -413,5 +410,5 @@ def test_moments_that_do_not_fit_are_refused_and_nothing_is_loaded(
 def test_the_moments_of_another_optimizer_are_refused(name: str, other: str) -> None:
     net, optimizer = make(name)
     train(net, optimizer, range(1))
-    with pytest.raises(UserError, match="missing.*unexpected"):
+    with pytest.raises(UserError, match=r"missing.*unexpected"):
         make(other)[1].load_state_dict(copied(optimizer.state_dict()))

@@ -1,4 +1,4 @@
-"""A training that is killed anywhere ends with the same bits after a resume, and a state that does not fit is refused."""
+"""A training that is killed at any step and resumed ends with the same bits; a state that does not fit is refused."""
 
 import copy
 from collections.abc import Callable
@@ -75,9 +75,9 @@ def train(
             taken.append((epoch, batch.step))
             features = network(batch.images).mean(dim=(2, 3))
             logits = heads.classifier(features * torch.rand_like(features))  # as from dropout
+            labels = batch.labels
             losses = {
-                level: nn.functional.cross_entropy(logits[own], batch.labels[level])
-                for level, own in batch.rows.items()
+                level: nn.functional.cross_entropy(logits[own], labels[level]) for level, own in batch.rows.items()
             }
             meter.update(losses, optimizer.step(losses, 1.0))
         state.rows.append({**state.row, **meter.means(), "seconds": state.seconds})

@@ -41,11 +41,13 @@ def name(number: int) -> str:
     return f"state-{number:06d}.safetensors"
 
 
-def save_some(folder: Path, count: int) -> None:
+def save_some(folder: Path, count: int) -> tuple[StateFiles, list[str]]:
+    """Saves states as one process does, and opens their folder as the next one does."""
     files, warnings = open_files(folder)
     for number in range(1, count + 1):
         files.save(small(number), {"epoch": number})
     assert warnings == []
+    return open_files(folder)
 
 
 def odd_tensors() -> dict[str, Tensor]:
@@ -147,8 +149,7 @@ def test_other_files_are_neither_read_nor_removed(tmp_path: Path) -> None:
     }
     for other in others:
         (tmp_path / other).write_bytes(b"not a state")
-    save_some(tmp_path, 3)
-    files, warnings = open_files(tmp_path)
+    files, warnings = save_some(tmp_path, 3)
     assert newest(files).path.name == name(3)
     files.remove()
     assert set(os.listdir(tmp_path)) == others
@@ -156,11 +157,10 @@ def test_other_files_are_neither_read_nor_removed(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_write_are_removed_and_never_read(tmp_path: Path) -> None:
-    save_some(tmp_path, 2)
+    files, warnings = save_some(tmp_path, 2)
     whole = (tmp_path / name(2)).read_bytes()
     (tmp_path / (name(3) + ".partial")).write_bytes(whole)
     (tmp_path / (name(4) + ".partial")).write_bytes(whole[:100])
-    files, warnings = open_files(tmp_path)
     assert newest(files).path.name == name(2)
     assert sorted(os.listdir(tmp_path)) == [name(1), name(2)]
     assert warnings == []
@@ -252,11 +252,10 @@ def test_safetensors_of_another_program_are_no_state(
 
 
 def test_several_damaged_files_are_each_named(tmp_path: Path) -> None:
-    save_some(tmp_path, 1)
+    files, warnings = save_some(tmp_path, 1)
     for number in (2, 3):
         (tmp_path / name(number)).write_bytes(b"")
     (tmp_path / name(4)).mkdir()
-    files, warnings = open_files(tmp_path)
     assert newest(files).path.name == name(1)
     assert [name(number) in text for number, text in zip((4, 3, 2), warnings, strict=True)] == [True] * 3
     assert "it cannot be read: Is a directory" in warnings[0]
@@ -273,9 +272,8 @@ def test_without_an_undamaged_state_there_is_none_and_warnings_say_so(tmp_path: 
 
 
 def test_a_damaged_state_is_not_counted_among_the_two_that_stay(tmp_path: Path) -> None:
-    save_some(tmp_path, 2)
+    files, _ = save_some(tmp_path, 2)
     (tmp_path / name(2)).write_bytes(b"torn")
-    files, _ = open_files(tmp_path)
     files.newest()
     files.save(small(3), {"epoch": 3})
     assert sorted(os.listdir(tmp_path)) == [name(1), name(3)]
@@ -300,8 +298,7 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_full_disk_leaves_the_earlier_states_and_one_sentence(
     tmp_path: Path, assert_sentence: Callable[..., None]
 ) -> None:
-    save_some(tmp_path, 2)
-    files, warnings = open_files(tmp_path)
+    files, warnings = save_some(tmp_path, 2)
     large = {"w": torch.zeros(100_000)}
     with largest_file(5_000):
         files.save(large, {"epoch": 3})
@@ -315,9 +312,8 @@ def test_a_full_disk_leaves_the_earlier_states_and_one_sentence(
 
 
 def test_a_full_disk_over_a_damaged_state_names_the_one_before(tmp_path: Path) -> None:
-    save_some(tmp_path, 2)
+    files, warnings = save_some(tmp_path, 2)
     (tmp_path / name(2)).write_bytes(b"torn")
-    files, warnings = open_files(tmp_path)
     with largest_file(100):
         files.save(small(3), {})
     assert f"--resume would now use {name(1)}." in warnings[0]
@@ -348,14 +344,13 @@ def test_the_old_state_stays_until_the_new_one_is_complete(
     monkeypatch: pytest.MonkeyPatch,
     assert_sentence: Callable[..., None],
 ) -> None:
-    save_some(tmp_path, 2)
+    files, warnings = save_some(tmp_path, 2)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(*((os, "fsync") if moment == "write" else (Path, "replace")), fail)
-    files, warnings = open_files(tmp_path)
     if isinstance(error, OSError):
         files.save(small(3), {})
         (warning,) = warnings
@@ -399,7 +394,7 @@ def test_file_then_name_then_folder_reach_the_disk_before_anything_is_removed(
 def test_a_folder_that_cannot_be_synced_at_all_is_no_failure(
     number: int, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_some(tmp_path, 2)
+    files, warnings = save_some(tmp_path, 2)
     fsync = os.fsync
 
     def refuse(descriptor: int) -> None:
@@ -408,7 +403,6 @@ def test_a_folder_that_cannot_be_synced_at_all_is_no_failure(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    files, warnings = open_files(tmp_path)
     files.save(small(3), {})
     assert len(warnings) == warns
     assert len(os.listdir(tmp_path)) == (3 if warns else 2), "nothing may go while the new state is not safe"
@@ -418,14 +412,13 @@ def test_a_folder_that_cannot_be_synced_at_all_is_no_failure(
 def test_a_state_that_cannot_be_removed_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_sentence: Callable[..., None]
 ) -> None:
-    save_some(tmp_path, 2)
+    files, warnings = save_some(tmp_path, 2)
 
     def refuse(path: Path, missing_ok: bool = False) -> None:
         if path.exists():
             raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    files, warnings = open_files(tmp_path)
     files.save(small(3), {})
     (warning,) = warnings
     assert_sentence(warning, f"{name(1)} is no longer needed but cannot be removed (Operation not permitted)")

@@ -15,8 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.batch_norm import GroupedBatchNorm, set_batch_norm_group
-from uda_reid.models.bnneck import BNNeck
+from uda_reid.models.batch_norm import BNNeck, GroupedBatchNorm, set_batch_norm_group
 
 SHARES = (20, 12)  # images of the two processes
 UNEVEN = ((31, 1), (32, 0))

@@ -12,9 +12,9 @@ from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.distillation import cosine_distillation
 from uda_reid.losses.triplet import batch_hard_soft_margin
+from uda_reid.models.backbone import PlainVit
 from uda_reid.models.cross_instance import CrossInstanceBlock, InterX, IntraX, hardest_pairs
 from uda_reid.models.part_fusion import join_maps
-from uda_reid.models.plain import PlainVit
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.models.trunks import VitTrunk
 

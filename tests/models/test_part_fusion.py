@@ -10,6 +10,7 @@ from torch import Tensor
 from uda_reid.errors import UserError
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.triplet import batch_hard_soft_margin
+from uda_reid.models.backbone import PlainCnn
 from uda_reid.models.fusion_reid import FusionReID
 from uda_reid.models.part_fusion import (
     FusionModule,
@@ -20,7 +21,6 @@ from uda_reid.models.part_fusion import (
     pool_part,
     split_parts,
 )
-from uda_reid.models.plain import PlainCnn
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk
 

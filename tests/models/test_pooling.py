@@ -7,7 +7,7 @@ import torch
 
 from uda_reid import settings
 from uda_reid.errors import UserError
-from uda_reid.models.bnneck import BNNeck
+from uda_reid.models.batch_norm import BNNeck
 from uda_reid.models.pooling import POOLINGS, AverageMaxPool, AveragePool, GeM, make_pooling
 
 

@@ -9,8 +9,8 @@ import torch
 from uda_reid.errors import UserError
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.triplet import batch_hard_soft_margin
+from uda_reid.models.backbone import PlainCnn, PlainVit
 from uda_reid.models.fusion_reid import FusionReID
-from uda_reid.models.plain import PlainCnn, PlainVit
 from uda_reid.models.pooling import AveragePool
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk

@@ -24,10 +24,7 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar float32 or wider, at least 0; 0 with a zero gradient where no anchor is left.
     """
-    # Squared norms exceed the range of float16, and distances between near images need more precision.
-    with torch.autocast(embeddings.device.type, enabled=False):
-        wide = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        distances = euclidean_distances(wide, wide)
+    distances = euclidean_distances(embeddings)
     same = labels[:, None] == labels[None]
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     hardest_positive = distances.masked_fill(~positive, 0).amax(dim=1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import BackboneOutput
 from uda_reid.models.pooling import make_pooling
-from uda_reid.models.surgery import remove_last_stride, remove_stem_pool
+from uda_reid.models.surgery import change_strides
 from uda_reid.models.weights import load_strictly, read_state_dict
 
 
@@ -28,9 +28,6 @@ class IBN(nn.Module):
     Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", section 3.2 (IBN-a),
     https://arxiv.org/abs/1807.09441
 
-    Attributes:
-        IN, BN: named as in the published weight files.
-
     Shape:
         in and out [B, C, H, W] float.
     """
@@ -38,6 +35,7 @@ class IBN(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.split = channels // 2
+        # Named as in the published weight files.
         self.IN = nn.InstanceNorm2d(self.split, affine=True)
         self.BN = nn.BatchNorm2d(channels - self.split)
 
@@ -122,17 +120,12 @@ class SamIbn(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if last_stride not in (1, 2):
-            raise UserError(f"last_stride must be 1 or 2, got {last_stride}: choose one of them.")
-        self.image_size = (image_size[0], image_size[1])
+        self.image_size = image_size
         self.attention = attention
         self.resnet = resnet50_ibn(weights, options)
-        if last_stride == 1:
-            remove_last_stride(self.resnet, self.resnet.forward_features, "ResNet50-IBN-a")
-        if not stem_pool:
-            remove_stem_pool(self.resnet, "ResNet50-IBN-a")
+        change_strides(self.resnet, "ResNet50-IBN-a", last_stride=last_stride, stem_pool=stem_pool)
         if attention:
-            _replace_convolutions(self.resnet, self.image_size, heads, halvings=1 + stem_pool)
+            _replace_convolutions(self.resnet, image_size, heads, halvings=1 + stem_pool)
         channels = _stage_channels(self.resnet)
         self.eca = nn.ModuleList(EcaModule(width) if eca else nn.Identity() for width in channels)
         self.fusion = MultiLevelFusion(channels[2:], last_stride) if fusion else None
@@ -190,11 +183,7 @@ def _stage_channels(resnet: Any) -> tuple[int, ...]:
 
 
 def _replace_convolutions(resnet: Any, image_size: tuple[int, int], heads: int, halvings: int) -> None:
-    """Replaces every 3x3 convolution of Conv4_x and Conv5_x by self-attention.
-
-    Args:
-        halvings: how often the grid is halved before Conv2_x.
-    """
+    """Replaces the 3x3 convolutions of Conv4_x and Conv5_x by self-attention; before Conv2_x are `halvings` strides."""
     # Conv3_x halves the grid once more; every halving rounds up.
     cell = 2 ** (halvings + 1)
     grid = (-(-image_size[0] // cell), -(-image_size[1] // cell))

@@ -1,8 +1,8 @@
-"""Batch statistics over groups of a set size, so that the number of GPUs is no hyper-parameter of a training.
+"""The neck's batch norm, and batch statistics over groups of a set size.
 
-Groups on one device are the ghost batches of Hoffer et al., "Train longer, generalize better", section 4,
-https://arxiv.org/abs/1705.08741; one group over all processes is the cross-GPU batch norm of Peng et al., "MegDet",
-section 3.2, https://arxiv.org/abs/1711.07240.
+With groups, the number of GPUs is no hyper-parameter of a training. Groups on one device are the ghost batches of
+Hoffer et al., "Train longer, generalize better", section 4, https://arxiv.org/abs/1705.08741; one group over all
+processes is the cross-GPU batch norm of Peng et al., "MegDet", section 3.2, https://arxiv.org/abs/1711.07240.
 """
 
 import torch
@@ -12,7 +12,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from uda_reid.distributed import all_reduce_sum, world_size
 from uda_reid.errors import UserError
-from uda_reid.models.bnneck import BNNeck
+
+
+class BNNeck(nn.BatchNorm1d):
+    """Batch norm between the embedding of the triplet loss and that of the classifier.
+
+    Its bias is frozen at zero, so that the classes are separated by directions from the origin.
+
+    Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", section 2.6,
+    https://arxiv.org/abs/1903.07071
+
+    Shape:
+        in [B, D] float, out [B, D] float, each column standardized. In training B must be at least 2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.bias.requires_grad_(False)
 
 
 def set_batch_norm_group(module: nn.Module, group: int) -> None:
@@ -59,7 +75,7 @@ def set_batch_norm_group(module: nn.Module, group: int) -> None:
         vars(norm).pop("group", None)
         if torchs_own:
             norm.__class__ = plain
-        elif group == 0 and _is_on_gpu(norm):
+        elif group == 0 and not all(tensor.is_cpu for tensor in norm.state_dict().values()):
             norm.__class__ = _SYNCED[plain]
         else:
             norm.__class__ = _GROUPED[plain]
@@ -151,7 +167,3 @@ def _plain_type(norm: _BatchNorm) -> type[_BatchNorm]:
     """Returns the class that a layer had before `set_batch_norm_group`."""
     changed = {derived: kind for table in (_GROUPED, _SYNCED) for kind, derived in table.items()}
     return changed.get(type(norm), type(norm))
-
-
-def _is_on_gpu(norm: _BatchNorm) -> bool:
-    return any(tensor.device.type != "cpu" for tensor in (norm.weight, norm.running_mean) if tensor is not None)

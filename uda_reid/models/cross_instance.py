@@ -11,7 +11,7 @@ from timm.layers import LayerNorm, Mlp
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.bnneck import BNNeck
+from uda_reid.models.batch_norm import BNNeck
 from uda_reid.retrieval.pairwise import euclidean_distances
 
 
@@ -110,11 +110,7 @@ class CrossInstanceBlock(nn.Module):
 
 
 class _CrossInstanceModule(nn.Module):
-    """A cross-attention block and a neck.
-
-    Args:
-        width, channels, heads, mlp_ratio: see `CrossInstanceBlock`.
-    """
+    """A cross-attention block and a neck; arguments as in `CrossInstanceBlock`."""
 
     def __init__(self, width: int, channels: int, heads: int = 8, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -167,9 +163,7 @@ def hardest_pairs(embedding: Tensor, labels: Tensor) -> HardestPairs:
         embedding: [B, D] float.
         labels: [B] int64.
     """
-    with torch.autocast(embedding.device.type, enabled=False):
-        wide = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-        distances = euclidean_distances(wide, wide)
+    distances = euclidean_distances(embedding)
     positive, negative = _positives(labels), labels[:, None] != labels[None]
     farthest = distances.masked_fill(~positive, -1).argmax(dim=1)
     nearest = distances.masked_fill(~negative, torch.inf).argmin(dim=1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.bnneck import BNNeck
+from uda_reid.models.batch_norm import BNNeck
 from uda_reid.models.reid_model import ReIDModel
 
 

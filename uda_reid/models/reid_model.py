@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import Backbone
-from uda_reid.models.bnneck import BNNeck
+from uda_reid.models.batch_norm import BNNeck
 from uda_reid.settings import NECK_FEATURES
 
 

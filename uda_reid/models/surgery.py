@@ -1,6 +1,6 @@
 """Changes that turn a classification network into a trunk; the layers to change are found by running it once."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,52 +14,61 @@ DRY_RUN_SIZE = (256, 128)
 Grid = tuple[int, int]
 
 
-def dry_run(forward: Callable[[Tensor], Tensor], model: nn.Module) -> Tensor:
-    """Returns what `forward` gives for a black image [1, 3, 256, 128] in evaluation mode, with its graph."""
+def dry_run(model: Any) -> Tensor:
+    """Returns the last feature map of a black image [1, 3, 256, 128] in evaluation mode, with its graph."""
     parameter = next(model.parameters())
     modes = {module: module.training for module in model.modules()}
     model.eval()
     with torch.enable_grad():
-        output = forward(torch.zeros(1, 3, *DRY_RUN_SIZE, device=parameter.device, dtype=parameter.dtype))
+        output: Tensor = model.forward_features(parameter.new_zeros(1, 3, *DRY_RUN_SIZE))
     for module, mode in modes.items():
         module.training = mode
     return output
 
 
-def remove_last_stride(model: nn.Module, forward: Callable[[Tensor], Tensor], name: str) -> None:
-    """Sets the stride of the last stage to 1, without dilation.
+def change_strides(model: Any, name: str, *, last_stride: int, stem_pool: bool) -> None:
+    """Makes the grid of a network's last feature map finer.
 
-    The layers that halve the grid for the last time are found by the grids of a dry run, so residual shortcuts,
-    average-pooled shortcuts and anti-aliased strides are all covered.
-
-    Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", section 2.5,
-    https://arxiv.org/abs/1903.07071
+    Stride 1 in the last stage: Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification",
+    section 2.5, https://arxiv.org/abs/1903.07071; without dilation.
 
     Args:
-        model: changed in place.
-        forward: computes the model's last feature map.
+        model: of timm, changed in place.
         name: of the model in an error.
+        last_stride: 1 removes the stride of the last stage; 2 is the network as published.
+        stem_pool: False removes the pooling between a ResNet's stem and its first stage.
 
     Raises:
-        UserError: the model has no layer whose stride can be removed.
+        UserError: `last_stride` is another number, or the model has no layer to change.
+    """
+    if last_stride not in (1, 2):
+        raise UserError(f"last_stride must be 1 or 2, got {last_stride}: choose one of them.")
+    if last_stride == 1:
+        _remove_last_stride(model, name)
+    if not stem_pool:
+        if not isinstance(getattr(model, "maxpool", None), nn.Module):
+            raise UserError(
+                f"Expected a stem of {name} that pools, as a ResNet's does, found none: use stem_pool = true."
+            )
+        model.maxpool = nn.Identity()
+
+
+def _remove_last_stride(model: nn.Module, name: str) -> None:
+    """Sets the stride of the layers that halve the grid for the last time to 1.
+
+    They are found by the grids of a dry run, so residual shortcuts, average-pooled shortcuts and anti-aliased strides
+    are all covered.
     """
     seen: list[tuple[str, Grid, Grid]] = []
 
-    def watch(path: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if (
-                inputs
-                and isinstance(inputs[0], Tensor)
-                and isinstance(output, Tensor)
-                and inputs[0].ndim == output.ndim == 4
-            ):
-                seen.append((path, _grid(inputs[0]), _grid(output)))
+    def record(path: str, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        tensors = [each for each in (*inputs[:1], output) if isinstance(each, Tensor) and each.ndim == 4]
+        if len(tensors) == 2:
+            seen.append((path, _grid(tensors[0]), _grid(tensors[1])))
 
-        return record
-
-    leaves = [(path, module) for path, module in model.named_modules() if not any(True for _ in module.children())]
-    handles = [module.register_forward_hook(watch(path)) for path, module in leaves]
-    last = _grid(dry_run(forward, model))
+    leaves = [(path, module) for path, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(partial(record, path)) for path, module in leaves]
+    last = _grid(dry_run(model))
     for handle in handles:
         handle.remove()
 
@@ -68,22 +77,11 @@ def remove_last_stride(model: nn.Module, forward: Callable[[Tensor], Tensor], na
         _remove_stride(model, path)
     refusal = f"Expected a last stage of {name} that can run at stride 1, found none: use last_stride = 2."
     try:
-        finer = _grid(dry_run(forward, model))
+        finer = _grid(dry_run(model))
     except RuntimeError as error:
         raise UserError(refusal) from error
     if set(halving.values()) != {finer}:
         raise UserError(refusal)
-
-
-def remove_stem_pool(model: nn.Module, name: str) -> None:
-    """Removes the pooling between a ResNet's stem and its first stage, which doubles every later grid.
-
-    Raises:
-        UserError: the model has no such layer.
-    """
-    if not isinstance(getattr(model, "maxpool", None), nn.Module):
-        raise UserError(f"Expected a stem of {name} that pools, as a ResNet's does, found none: use stem_pool = true.")
-    model.maxpool = nn.Identity()
 
 
 def _grid(feature_map: Tensor) -> Grid:
@@ -127,17 +125,14 @@ class _EvenConv2d(nn.Module):
         return F.conv2d(F.pad(feature_map, self.padding), self.weight, self.bias, groups=self.groups)
 
 
-def drop_unused(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-    """Removes every submodule that the map does not depend on, so that every trainable parameter gets a gradient.
+def drop_unused(model: nn.Module) -> None:
+    """Replaces every submodule that the last feature map does not depend on by the identity, in place.
 
-    Args:
-        model: changed in place; whole submodules are replaced by the identity.
-        forward: computes the model's last feature map.
+    Every parameter that is trained then gets a gradient.
     """
-    named = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    output = dry_run(forward, model)
-    gradients = torch.autograd.grad(output.sum(), [parameter for _, parameter in named], allow_unused=True)
-    unused = {key for (key, _), gradient in zip(named, gradients, strict=True) if gradient is None}
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(dry_run(model).sum(), list(trained.values()), allow_unused=True)
+    unused = {key for key, gradient in zip(trained, gradients, strict=True) if gradient is None}
     for path, module in list(model.named_modules()):
         keys = {f"{path}.{key}" for key, _ in module.named_parameters()}
         if path and keys and keys <= unused:

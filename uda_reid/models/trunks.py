@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.surgery import drop_unused, dry_run, remove_last_stride, remove_stem_pool
+from uda_reid.models.surgery import change_strides, drop_unused, dry_run
 from uda_reid.models.weights import load_strictly, read_state_dict
 
 VIT_EXAMPLES = (
@@ -137,24 +137,19 @@ def cnn_trunk(
     Raises:
         UserError: the name, the options or the weights do not fit.
     """
-    if last_stride not in (1, 2):
-        raise UserError(f"last_stride must be 1 or 2, got {last_stride}: choose one of them.")
     model = _create(name, weights, dict(options or {}))
     if Path(weights).suffix:
         load_strictly(model, read_state_dict(Path(weights)), classifier=_classifier(model), source=weights)
     model.reset_classifier(0, "")
     refusal = f"Expected a convolutional network, got {name}: use one such as resnet50, or vit_trunk for a transformer."
     try:
-        output = dry_run(model.forward_features, model)
+        output = dry_run(model)
     except (AssertionError, RuntimeError) as error:
         raise UserError(refusal) from error
     if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] != model.num_features:
         raise UserError(refusal)
-    if last_stride == 1:
-        remove_last_stride(model, model.forward_features, name)
-    if not stem_pool:
-        remove_stem_pool(model, name)
-    drop_unused(model, model.forward_features)
+    change_strides(model, name, last_stride=last_stride, stem_pool=stem_pool)
+    drop_unused(model)
     return CnnTrunk(model, output.shape[1])
 
 
@@ -203,14 +198,13 @@ def vit_trunk(
             ) from error
         load_strictly(model, state, classifier=_classifier(model), source=weights)
     model.reset_classifier(0, "token")
-    size = (image_size[0], image_size[1])
-    _set_grid(model, size, patch_stride)
+    _set_grid(model, image_size, patch_stride)
     if weights == "none":
         # Interpolation smooths random embeddings away.
         trunc_normal_(model.pos_embed, std=0.02)
     # Batch norms and distances between images do not change with a shift that all images share.
     model.norm.bias.requires_grad_(False)
-    return VitTrunk(model, size, cameras, camera_scale)
+    return VitTrunk(model, image_size, cameras, camera_scale)
 
 
 def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None) -> None:

@@ -80,12 +80,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, classifier: 
 
 
 def check_state_dict(
-    stored: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    *,
-    what: str,
-    remedy: str,
-    check_dtype: bool = False,
+    stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, what: str, remedy: str, check_dtype: bool = False
 ) -> None:
     """Compares two state dicts by the names and shapes of their tensors.
 

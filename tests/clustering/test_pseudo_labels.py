@@ -47,7 +47,7 @@ def test_k_means_leaves_nobody_out(bank_of_people: Bank) -> None:
         ({"backend": "annoy"}, "cluster.backend must be one of auto, torch, faiss, ivf, got 'annoy'"),
         ({"k1": 3, "k2": 4}, "cluster.k2 must be between 1 and cluster.k1, got k1 = 3 and k2 = 4"),
         ({"eps": 1.0}, r"cluster.eps must be above 0 and below 1, got 1\.0"),
-        ({"min_samples": 0}, "cluster.min_samples and cluster.clusters must be 1 or more"),
+        ({"min_samples": 0}, "cluster.min_samples must be 1 or more, got 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:

@@ -186,5 +186,5 @@ def test_both_weights_at_zero_switch_the_objective_off() -> None:
     model = ReIDModel(Backbone())
     assert make_cross_instance(model, CrossInstanceSettings()) is None
     assert isinstance(make_cross_instance(model, CrossInstanceSettings(inter=1.0, heads=2)), CrossInstance)
-    with pytest.raises(UserError, match=r"0 or more, got -1 and 0"):
+    with pytest.raises(UserError, match=r"cross_instance.intra must be 0 or more, got -1"):
         CrossInstanceSettings(intra=-1)

@@ -23,9 +23,8 @@ def adapt(target: str | None, init: Path | None, strategy: str | None, options: 
     test split, accuracy is shown before and after; it decides nothing: the last epoch is the result.
     """
     from uda_reid.build import load_source_model, open_data
-    from uda_reid.cli.processes import join_processes
     from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
-    from uda_reid.cli.run_folder import find_checkpoint
+    from uda_reid.cli.start import find_checkpoint, join_processes
     from uda_reid.runs import run_adapt
 
     notes = []

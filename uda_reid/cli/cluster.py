@@ -59,7 +59,7 @@ def cluster(
 
     from uda_reid import distributed
     from uda_reid.cli.feature_files import check_output, load_features, write_summary
-    from uda_reid.cli.processes import join_processes
+    from uda_reid.cli.start import join_processes
     from uda_reid.clustering.dbscan import OUTLIER, dbscan
     from uda_reid.clustering.stages import StageTimer, build_graph
 

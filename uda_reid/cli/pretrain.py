@@ -16,8 +16,8 @@ def pretrain(source: str | None, options: RunOptions) -> None:
     The result is OUT/checkpoint.safetensors, from which `adapt` starts.
     """
     from uda_reid.build import open_data
-    from uda_reid.cli.processes import join_processes
     from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
+    from uda_reid.cli.start import join_processes
     from uda_reid.runs import run_pretrain
 
     notes = []

@@ -8,7 +8,7 @@ import torch
 from click.core import ParameterSource
 
 from uda_reid.cli.options import RunOptions
-from uda_reid.cli.run_folder import open_folder
+from uda_reid.cli.start import open_folder
 from uda_reid.errors import UserError
 from uda_reid.recipe import dump_recipe, load_recipe, load_strategy
 from uda_reid.report.console import Reporter

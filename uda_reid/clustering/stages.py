@@ -13,6 +13,7 @@ from uda_reid.retrieval.encoding import PairSimilarities
 from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
 from uda_reid.retrieval.neighbours import Neighbours, nearest_neighbours
 from uda_reid.retrieval.normalize import normalize_shard
+from uda_reid.retrieval.search.blockwise import ignore
 from uda_reid.retrieval.search.ring import ShardedBank
 from uda_reid.retrieval.search.similarity import pair_similarities
 from uda_reid.settings import ClusterSettings
@@ -47,8 +48,8 @@ def build_graph(
     settings: ClusterSettings,
     timer: StageTimer,
     *,
-    on_stage: OnStage | None = None,
-    on_recall: Callable[[float], None] | None = None,
+    on_stage: OnStage = lambda stage, done: None,
+    on_recall: Callable[[float], None] = ignore,
 ) -> SparseGraph:
     """Returns the pairs at most `settings.eps` apart. Collective.
 
@@ -71,7 +72,7 @@ def build_graph(
     if world_size() > 1 and settings.backend not in ("auto", "torch"):
         raise UserError(f"backend must be 'torch' or 'auto' with several processes, got '{settings.backend}'.")
     rows = normalize_shard(features)
-    on_neighbours, on_jaccard = (on_stage and partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
+    on_neighbours, on_jaccard = (partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
     if world_size() == 1:
         similarities_of: PairSimilarities = partial(pair_similarities, rows, rows)
         neighbours = nearest_neighbours(

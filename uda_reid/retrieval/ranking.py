@@ -88,7 +88,7 @@ def evaluate_ranking(
         same = people[:, None] == gallery_people
         ignored = (same & (cameras[:, None] == gallery_cameras)) | (gallery_people == JUNK)
         match = same & ~ignored & (gallery_people != DISTRACTOR)
-        scores.append(score_rows(distance, match, ignored).cpu())
+        scores.append(_score_rows(distance, match, ignored).cpu())
     scored = torch.cat(scores)
     counted = scored[~scored[:, 0].isnan()]
     if len(counted) == 0:
@@ -102,17 +102,8 @@ def evaluate_ranking(
     )
 
 
-def score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
-    """Returns the scores of each query by itself.
-
-    Args:
-        distance: [Q, G] float.
-        match: [Q, G] bool.
-        ignored: [Q, G] bool, never together with `match`.
-
-    Returns:
-        [Q, 5] float64 in 0..1: average precision, a match within 1, 5, 10, inverse penalty; NaN without a match.
-    """
+def _score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
+    """Returns [Q, 5] float64: average precision, a match within 1, 5, 10, inverse penalty; NaN without a match."""
     order = distance.argsort(dim=1, stable=True)
     hit = match.gather(1, order)
     rank = (~ignored.gather(1, order)).cumsum(dim=1).to(torch.float64)

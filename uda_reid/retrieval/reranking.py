@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.encoding import Encoding, core_size, encode
+from uda_reid.retrieval.encoding import Encoding, encode
 from uda_reid.retrieval.neighbours import nearest_neighbours
 from uda_reid.retrieval.normalize import normalize
 from uda_reid.retrieval.search.blockwise import default_budget
@@ -119,7 +119,7 @@ def rerank(
     encoding = encode(
         partial(pair_similarities, bank, bank),
         nearest_neighbours(bank, k1 + 1, backend=backend, budget_bytes=budget),
-        h=core_size(k1),
+        k1=k1,
         k2=k2,
         budget_bytes=budget,
         exponent_scale=1 / largest,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.search.blockwise import OnProgress, search_rows
+from uda_reid.retrieval.search.blockwise import OnProgress, ignore, search_rows
 from uda_reid.retrieval.search.candidates import search_margin
 from uda_reid.retrieval.search.similarity import RankingKeys, pair_similarities
 
@@ -26,16 +26,13 @@ def is_installed() -> bool:
 
 
 def search_flat(
-    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress | None = None
+    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress = ignore
 ) -> Tensor:
     """Returns the k nearest rows of every row, exactly: rows that end in a tie in faiss's answer are searched again.
 
     Args:
         bank: [N, D] float32, L2-normalized.
-        k: 1..N.
-        keys: of the bank.
-        budget_bytes: for a block of rows.
-        on_progress: receives the fraction done.
+        k, keys, budget_bytes, on_progress: see `search_symmetric`.
 
     Returns:
         [N, k] int64 keys, falling (`RankingKeys.decode`), on the device of `bank`.
@@ -50,7 +47,7 @@ def search_flat(
 
 
 def search_inverted(
-    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, seed: int = 0, on_progress: OnProgress | None = None
+    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, seed: int = 0, on_progress: OnProgress = ignore
 ) -> tuple[Tensor, float]:
     """Returns most of the k nearest rows of every row, from the lists nearest to it, and the measured recall.
 
@@ -58,11 +55,8 @@ def search_inverted(
 
     Args:
         bank: [N, D] float32, L2-normalized.
-        k: 1..N.
-        keys: of the bank.
-        budget_bytes: for a block of rows.
         seed: of the lists' centers and of the sample on which recall is measured.
-        on_progress: receives the fraction done.
+        k, keys, budget_bytes, on_progress: see `search_symmetric`.
 
     Returns:
         keys [N, k] int64, falling, and recall in 0..1 against the exact neighbors of up to a thousand rows.
@@ -107,7 +101,7 @@ def _search(
     requested: int,
     keys: RankingKeys,
     budget_bytes: int,
-    on_progress: OnProgress | None,
+    on_progress: OnProgress,
 ) -> tuple[Tensor, Tensor]:
     """Returns the keys of the best k of what an index finds, and the rows [R] for which it may not have found all."""
     n = len(bank)
@@ -134,8 +128,7 @@ def _search(
         key = keys.encode(fixed, columns, row_ids[rows] == columns).view(len(block), requested)
         found[start : start + step] = key.topk(k, dim=1).values
         open_rows.append(row_ids[tied | short])
-        if on_progress is not None:
-            on_progress(min(1.0, (start + step) / n))
+        on_progress(min(1.0, (start + step) / n))
     return found, torch.cat(open_rows)
 
 

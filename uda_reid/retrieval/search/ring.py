@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uda_reid.distributed import all_gather, rank, world_size
-from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, search_rows
+from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore, search_rows
 from uda_reid.retrieval.search.float32_matmul import float32_matmul
 from uda_reid.retrieval.search.similarity import RankingKeys, pair_similarities
 
@@ -34,7 +34,7 @@ class ShardedBank:
         self.budget_bytes = default_budget(rows.device) if budget_bytes is None else budget_bytes
 
     @float32_matmul()
-    def search(self, k: int, *, on_progress: OnProgress | None = None) -> tuple[Tensor, Tensor]:
+    def search(self, k: int, *, on_progress: OnProgress = ignore) -> tuple[Tensor, Tensor]:
         """Returns the k nearest rows of every row of the whole bank, the same on every process.
 
         Args:
@@ -60,8 +60,7 @@ class ShardedBank:
             )
             merged = torch.cat([best, found], dim=1)
             best = merged.topk(min(k, merged.shape[1]), dim=1).values
-            if on_progress is not None:
-                on_progress((visit + 1) / world_size())
+            on_progress((visit + 1) / world_size())
         return keys.decode(all_gather(best, self.counts))
 
     def pair_similarities(self, rows: Tensor, columns: Tensor) -> Tensor:

@@ -1,21 +1,22 @@
-"""Fair timing on a machine that is shared: contenders take turns, and a ratio is the median over the turns."""
+"""Fair timing on a shared machine: contenders take turns, and a ratio is the median over the turns."""
 
 import os
 import statistics
 from collections.abc import Callable, Mapping
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+T = TypeVar("T")
 Work = Callable[[], object]
 
 
 class Took(NamedTuple):
-    """Seconds of one turn: on the wall, and of all cores, those of workers that have ended included."""
+    """Seconds of one turn: wall time, and processor time of all cores, including workers that have ended."""
 
     wall: float
     processor: float
@@ -25,43 +26,43 @@ Turns = dict[str, list[Took]]  # of each contender
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when everything queued on a GPU is done."""
+    """Waits until a GPU has done everything that is queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def time_once(work: Work, device: torch.device) -> Took:
-    """Seconds of one call, with all that it queued on a GPU."""
+def time_once(work: Callable[[], T], device: torch.device) -> tuple[Took, T]:
+    """Returns the seconds of one call, with everything that it queued on a GPU, and its result."""
     wait_for(device)
     since, processor = perf_counter(), sum(os.times()[:4])
-    work()
+    result = work()
     wait_for(device)
-    return Took(perf_counter() - since, sum(os.times()[:4]) - processor)
+    return Took(perf_counter() - since, sum(os.times()[:4]) - processor), result
 
 
 def take_turns(contenders: Mapping[str, Work], turns: int, device: torch.device, *, warm_up: int = 2) -> Turns:
-    """Seconds of each contender in each turn, after calls that do not count."""
+    """Returns the seconds of each contender in each turn, after `warm_up` calls that do not count."""
     for work in contenders.values():
         for _ in range(warm_up):
             work()
     seconds: Turns = {name: [] for name in contenders}
     for _ in range(turns):
         for name, work in contenders.items():
-            seconds[name].append(time_once(work, device))
+            seconds[name].append(time_once(work, device)[0])
     return seconds
 
 
 def median_wall(turns: list[Took]) -> float:
-    """Median seconds of a contender."""
+    """Returns the median wall time of a contender in seconds."""
     return statistics.median(turn.wall for turn in turns)
 
 
 class Ratio(NamedTuple):
-    """How many times longer one contender took than another: median over the turns, and the extremes.
+    """Time of one contender over that of another: median over the turns, and the extremes.
 
     Fields:
-        processor: the same of the processor seconds, which other work on the machine changes less; their sums, as a
-            single turn may be shorter than the clock's tick.
+        processor: ratio of the processor times, which depend less on other work on the machine; of their sums, because
+            a single turn may be shorter than the clock's tick.
     """
 
     median: float
@@ -74,28 +75,28 @@ class Ratio(NamedTuple):
 
 
 def ratio(over: list[Took], under: list[Took]) -> Ratio:
-    """Seconds of one contender over those of another, turn by turn."""
+    """Returns the time of one contender over that of another, turn by turn."""
     walls = [a.wall / b.wall for a, b in zip(over, under, strict=True)]
     processor = sum(turn.processor for turn in over) / max(sum(turn.processor for turn in under), 1e-9)
     return Ratio(statistics.median(walls), min(walls), max(walls), processor)
 
 
 def matrix_peak(dtype: torch.dtype, device: torch.device, size: int, turns: int = 10) -> float:
-    """FLOP/s of the fastest of some products of two square matrices."""
+    """Returns the FLOP/s of the fastest of `turns` products of two square matrices."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = take_turns({"product": lambda: left @ right}, turns, device)["product"]
     return 2 * size**3 / min(turn.wall for turn in seconds)
 
 
 def flops_of(work: Work) -> int:
-    """FLOPs of the matrix products, convolutions and attentions of one call, backward passes included."""
+    """Returns the FLOPs of the matrix products, convolutions and attentions of one call, backward passes included."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
 
 
 def kernel_seconds(work: Work, device: torch.device) -> float:
-    """Seconds that a GPU worked during one call."""
+    """Returns the seconds that a GPU worked during one call."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         time_once(work, device)
     on_device = [

@@ -3,15 +3,14 @@
     OMP_WAIT_POLICY=passive python benchmarks/training.py --threads 2             # demo recipe on the CPU
     python benchmarks/training.py --device cuda --recipe fusionreid --steps 100   # the published size on a GPU
 
-Both forms have the same networks, random weights, images and device and take turns; a ratio is the median over the
-turns, its extremes in brackets. On a GPU this package computes as the recipe says (bfloat16), the plain form in float32
-(as torch does by default: its convolutions may use TF32). Shares of the peak are of the fastest matrix product; they
-count matrix products, convolutions and attentions alone, and for a step those of the bare backbone. The last line is
-JSON.
+Both forms have the same networks, random weights, images and device, and take turns; a ratio is the median over the
+turns, with its extremes in brackets. On a GPU this package computes as the recipe says (bfloat16), the plain form in
+float32 (as torch does by default: its convolutions may use TF32). Shares of the peak refer to the fastest matrix
+product; they count only matrix products, convolutions and attentions, and for a step those of the bare backbone. The
+last line is JSON.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -20,37 +19,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import add_run_options, make_parser, print_json, software, table, write_report
 from lf2_works import FORMS, PLAIN, Bench, EpochWorks, StepWorks
 from plain_lf2 import PersonImages, training_transform
 from stopwatch import Work, flops_of, kernel_seconds, median_wall, ratio, take_turns
 from torch.utils.data import DataLoader
 
-from uda_reid.engine.adapt import adapt
-from uda_reid.engine.lf2_step import level_names
-from uda_reid.engine.pseudo_levels import NECKED, cluster_levels, feature_banks
-from uda_reid.report.run_log import versions
+from uda_reid.clustering.pseudo_labels import pseudo_labels
+from uda_reid.engine.features import extract_features
+from uda_reid.strategies.lf2 import level_names
 
-Section = tuple[list[str], Any]  # lines of Markdown, and what the JSON holds
+Section = tuple[list[str], Any]  # lines of Markdown, and the figures for the JSON
 NOT_MEASURED = "not measured"
 SCHEDULE = {"epochs": 80, "steps": 400}  # LF2 as published
-CHECKED = 3  # steps whose losses both forms have to agree on
-SHORT = 5  # turns of a short measurement for each of a long one
+CHECKED = 3  # steps on whose losses both forms have to agree
+SHORT = 5  # turns of a short measurement for each turn of a long one
 BACKBONES = {"cnn": "ResNet", "vit": "ViT", "fusion_reid": "hybrid"}
 GROUPED, JOINT, SHARED = FORMS
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    return [f"| {' | '.join(row)} |" for row in (head, ["-"] * len(head), *rows)]
-
-
 def data_path(bench: Bench) -> Section:
-    """Gather, augment and normalise, against opening, decoding and augmenting every image by itself."""
+    """Compares gathering, augmenting and normalizing a batch with opening, decoding and augmenting each image."""
     options, settings = bench.options, bench.recipe.adapt
     dataset = PersonImages(
-        bench.records.paths, bench.data.cameras, training_transform(bench.recipe.images, settings.augment)
+        bench.records.paths, bench.data.camera_indices, training_transform(bench.recipe.images, settings.augment)
     )
-    batch = settings.identities * settings.instances * len(level_names(settings.parts))
+    batch = settings.identities * settings.instances * len(level_names(settings.lf2.parts))
     order = torch.randperm(len(bench.data), generator=torch.Generator().manual_seed(0))
     generator = torch.Generator(bench.device).manual_seed(0)
 
@@ -64,8 +58,8 @@ def data_path(bench: Bench) -> Section:
 
     def loader() -> None:
         workers = DataLoader(dataset, batch, sampler=order.tolist(), num_workers=options.loader_workers)
-        for pixels, *_ in workers:
-            pixels.to(bench.device)
+        for images, *_ in workers:
+            images.to(bench.device)
 
     rows, figures = [], []
     alternatives = [
@@ -85,7 +79,7 @@ def data_path(bench: Bench) -> Section:
 
 
 def student_step(bench: Bench) -> Section:
-    """Everything of a step but the teacher's forward, against the bare backbone's forward and backward."""
+    """Compares a step without the teacher's forward pass with forward and backward of the bare backbone."""
     rows, figures = [], []
     peak = bench.peaks[bench.precision]
     for backbone in bench.options.backbones:
@@ -95,48 +89,55 @@ def student_step(bench: Bench) -> Section:
             contenders = {"bare": works.bare, "student": works.student}
             turns = take_turns(contenders, SHORT * bench.options.repeats, bench.device)
             share = ratio(turns["bare"], turns["student"])
-            speeds = {name: works.images / median_wall(turns[name]) for name in turns}
+            speeds = {name: works.size / median_wall(turns[name]) for name in turns}
             used = {name: flops / median_wall(turns[name]) / peak for name in turns}
             rows.append(
                 [
                     BACKBONES.get(backbone, backbone),
-                    str(works.images),
+                    str(works.size),
                     *(f"{speeds[name]:,.0f}" for name in contenders),
                     str(share),
                     f"{share.processor:.2f}",
                     *(f"{100 * used[name]:.0f} %" for name in contenders),
                 ]
             )
-            row = {"backbone": backbone, "batch": works.images, "images_per_second": speeds, "flops": flops}
+            row = {"backbone": backbone, "batch": works.size, "images_per_second": speeds, "flops": flops}
             figures.append({**row, "share_of_bare": share._asdict(), "share_of_peak": used})
     head = ["backbone", "batch", "bare, images/s", "student step, images/s", "step / bare", "by processor time"]
     return table([*head, "bare, of peak", "step, of peak"], rows), figures
 
 
 def stages(bench: Bench, epochs: EpochWorks) -> Section:
-    """Images per second of each stage of the recipe's own epoch."""
-    recipe = bench.recipe
+    """Measures the images per second of each stage of the recipe's own epoch."""
+    recipe, data, device = bench.recipe, bench.data, bench.device
     works = StepWorks(bench, recipe.model.backbone, shared=recipe.adapt.shared_batch)
-    system, run = epochs.system(recipe)
-    generator = torch.Generator(bench.device).manual_seed(0)
-    indices = torch.randint(len(bench.data), (works.images,), generator=torch.Generator().manual_seed(0))
-    extract = partial(
-        feature_banks, system, bench.data, batch=recipe.adapt.bank_batch, mirror=recipe.adapt.mirror, run=run
-    )
-    banks = {level: bank for level, bank in extract().items() if level != NECKED}
+    strategy = epochs.strategy(recipe).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    indices = torch.randint(len(data), (works.size,), generator=torch.Generator().manual_seed(0))
+
+    def extract() -> dict[str, torch.Tensor]:
+        batches = data.batches(slice(None), recipe.adapt.feature_batch, device)
+        return extract_features(strategy.encode, batches, mirror=recipe.adapt.mirror, autocast=bench.autocast)
+
+    features = extract()
+
+    def cluster() -> None:
+        for level in strategy.levels:
+            pseudo_labels(features[level], recipe.adapt.cluster, seed=0)
+
     short: dict[str, Work] = {
-        "augment": lambda: bench.data.augmented(indices, recipe.adapt.augment, generator, bench.device),
+        "augment": lambda: data.augmented(indices, recipe.adapt.augment, generator, device),
         "student step": works.student,
         "teacher's forward": works.teacher,
     }
     long: dict[str, Work] = {
         "store (decoding, once a run)": bench.decode,
         "extraction (student and teacher)": extract,
-        "clustering": lambda: cluster_levels(banks, len(bench.data), 0, recipe.adapt.cluster, run),
+        "clustering": cluster,
     }
-    turns = take_turns(short, SHORT * bench.options.repeats, bench.device)
-    turns |= take_turns(long, bench.options.repeats, bench.device, warm_up=1)
-    images = dict.fromkeys(short, works.images) | dict.fromkeys(long, len(bench.data))
+    turns = take_turns(short, SHORT * bench.options.repeats, device)
+    turns |= take_turns(long, bench.options.repeats, device, warm_up=1)
+    images = dict.fromkeys(short, works.size) | dict.fromkeys(long, len(data))
     figures = {
         name: {"images": images[name], "seconds": (seconds := median_wall(turns[name])), "rate": images[name] / seconds}
         for name in turns
@@ -148,7 +149,7 @@ def stages(bench: Bench, epochs: EpochWorks) -> Section:
 
 
 def first_losses(epochs: EpochWorks) -> Section:
-    """Largest relative difference of a loss between the forms over the first steps, nothing being augmented."""
+    """Measures the largest relative difference of a loss between the forms over the first steps, not augmented."""
     still = ["adapt.augment.flip=0", "adapt.augment.pad=0", "adapt.augment.erase=0", "training.precision=float32"]
     still += [f"adapt.steps={CHECKED}", "adapt.optim.warmup_epochs=0"]
     plain, ours = (epochs.epoch(form, *still) for form in (PLAIN, GROUPED))
@@ -162,7 +163,7 @@ def first_losses(epochs: EpochWorks) -> Section:
 
 
 def whole_epoch(bench: Bench, epochs: EpochWorks) -> Section:
-    """Extraction, clustering and steps, each form in turn."""
+    """Measures extraction, clustering and steps of each form in turn."""
     forms, settings = [PLAIN, *FORMS], bench.recipe.adapt
     for form in forms:
         epochs.epoch(form, "adapt.steps=2")  # warm-up
@@ -170,13 +171,13 @@ def whole_epoch(bench: Bench, epochs: EpochWorks) -> Section:
     turns = {form: [turn[form].took for turn in found] for form in forms}
     each = settings.identities * settings.instances
     works = StepWorks(bench, bench.recipe.model.backbone, shared=False)
-    one_way, both_ways = flops_of(works.teacher) / works.images, flops_of(works.bare) / works.images
+    one_way, both_ways = flops_of(works.teacher) / works.size, flops_of(works.bare) / works.size
     passes = 2 * (1 + settings.mirror)  # of student and teacher
     rows: list[list[str]] = []
     figures: dict[str, dict[str, Any]] = {}
     for form in forms:
-        levels = 1 if form == SHARED else settings.parts + 1
-        read = 1 if form == SHARED else settings.parts  # levels whose teacher's map a loss reads
+        levels = 1 if form == SHARED else settings.lf2.parts + 1
+        read = 1 if form == SHARED else settings.lf2.parts  # levels whose teacher's map a loss reads
         images, seconds = levels * each * settings.steps, median_wall(turns[form])
         flops = passes * len(bench.data) * one_way + settings.steps * each * (levels * both_ways + read * one_way)
         peak = bench.peaks["float32" if form == PLAIN else bench.precision]
@@ -191,7 +192,7 @@ def whole_epoch(bench: Bench, epochs: EpochWorks) -> Section:
 
 
 def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Section:
-    """What only a GPU has: how long it idles; and how long LF2's full schedule would take there."""
+    """Measures how long a GPU idles, and projects how long LF2's full schedule would take on it."""
     projected: dict[str, Any] = dict.fromkeys((PLAIN, *FORMS), NOT_MEASURED)
     idle: Any = NOT_MEASURED
     if bench.on_gpu:
@@ -200,8 +201,7 @@ def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Sect
             step = (row["seconds"] - once) / bench.recipe.adapt.steps
             projected[form] = SCHEDULE["epochs"] * (once + SCHEDULE["steps"] * step) / 3600
         recipe = bench.recipe_with("adapt.shared_batch=false")
-        system, run = epochs.system(recipe)
-        work = partial(adapt, system, bench.data, recipe.adapt, run)
+        work = partial(epochs.adapt, epochs.strategy(recipe), recipe)
         idle = 1 - kernel_seconds(work, bench.device) / timed[JOINT]["seconds"]
     shown = {form: f"{hours:.1f}" if bench.on_gpu else hours for form, hours in projected.items()}
     lines = table(["LF2's full schedule (80 x 400 steps), hours", *shown], [["projected", *shown.values()]])
@@ -210,7 +210,7 @@ def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Sect
 
 
 def measure(bench: Bench) -> tuple[list[str], dict[str, Any]]:
-    """Every section, as Markdown and for the JSON."""
+    """Returns every section, as Markdown and for the JSON."""
     sections = [("Student step", "student_step", student_step(bench))]
     if bench.options.step_alone:
         return joined(sections)
@@ -224,18 +224,17 @@ def measure(bench: Bench) -> tuple[list[str], dict[str, Any]]:
 
 
 def joined(sections: list[tuple[str, str, Section]]) -> tuple[list[str], dict[str, Any]]:
-    """The sections under their titles, and what the JSON holds of them."""
+    """Returns the sections under their titles, and their figures for the JSON."""
     lines = [line for title, _, (body, _) in sections for line in ("", f"## {title}", "", *body)]
     return lines, {key: figures for _, key, (_, figures) in sections}
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="demo", help="trunks, image size and settings of both forms")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="change the recipe")
     parser.add_argument("--target", default="station", help="data set whose training images are used")
-    parser.add_argument("--data-root", type=Path, default=Path("data"))
-    parser.add_argument("--device", default="auto")
+    add_run_options(parser)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of this process")
     parser.add_argument("--loader-workers", type=int, default=os.cpu_count() or 1, help="processes of the plain form")
     parser.add_argument("--lean-plain", action="store_true", help="plain form without the teacher's unread forward")
@@ -257,16 +256,13 @@ def main() -> None:
         "",
         f"{len(bench.data):,} images of {options.target} at {bench.recipe.images.height}x{bench.recipe.images.width}, "
         f"{device}, {os.cpu_count()} cores, {options.threads} threads. This package computes in {bench.precision}, the "
-        f"plain form in float32; measured peak of matrix products in TFLOP/s: {peaks}. "
-        + ", ".join(f"{name} {version}" for name, version in versions().items())
-        + ".",
+        f"plain form in float32; measured peak of matrix products in TFLOP/s: {peaks}. {software()}.",
     ]
     print("\n".join(lines), flush=True)
     body, figures = measure(bench)
     print("\n".join(body))
-    if options.out is not None:
-        options.out.write_text("\n".join(["# Training speed", "", *lines, *body, ""]), encoding="utf-8")
-    print(json.dumps({"benchmark": "training", "device": str(device), "peaks": bench.peaks, **figures}))
+    write_report(options.out, "Training speed", [*lines, *body])
+    print_json("training", device=str(device), peaks=bench.peaks, **figures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Small data and small recipes that several test folders share."""
 
 import os
-from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from uda_reid.engine.run import Run
-from uda_reid.recipe import Recipe, load_recipe
-from uda_reid.report.console import Reporter
+from tests.training import load_source, load_target, silent_reporter
+from uda_reid.data.image_set import ImageSet
+from uda_reid.recipe import load_recipe
+from uda_reid.report.training_report import TrainingReport
+from uda_reid.settings import Recipe
 from uda_reid.synthetic import write_domain
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -47,13 +49,25 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
     """The demo recipe, shrunk."""
     return load_recipe("demo", TINY)
 
 
+@pytest.fixture(scope="session")
+def tiny_source(tiny_root: Path, tiny_recipe: Recipe) -> tuple[ImageSet, np.ndarray]:
+    """The training images of plaza and their labels."""
+    return load_source("plaza", tiny_root, tiny_recipe)
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tiny_root: Path, tiny_recipe: Recipe) -> ImageSet:
+    """The training images of station, in the order that a run takes them."""
+    return load_target("station", tiny_root, tiny_recipe)
+
+
 @pytest.fixture
-def run() -> Run:
-    """A run on the CPU that keeps nothing and prints into the void."""
-    return Run(torch.device("cpu"), 0, Reporter(StringIO()))
+def report() -> TrainingReport:
+    """A report that prints into the void and keeps nothing."""
+    return TrainingReport(silent_reporter())

@@ -107,7 +107,8 @@ def build_strategy(recipe: Recipe, model: ReIDModel, *, seed: int, device: torch
     """Returns the recipe's strategy around a source model, on the device; what the source lacks starts at random."""
     torch.manual_seed(derive_seed(seed, 1))
     strategy = make_strategy(model, recipe.adapt)
-    prepare(strategy, recipe.training, device)
+    strategy.to(device)
+    prepare(strategy.networks, recipe.training, device)  # what sees whole batches needs no statistics over processes
     compile_networks(strategy.encoders, recipe.training)
     return strategy
 

@@ -88,9 +88,10 @@ def all_gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     dist.all_gather(parts, padded)
     gathered = [part[:size] for part, size in zip(parts, sizes, strict=True)]
     if rows.requires_grad:
-        factor = world_size()
-        rows.register_hook(lambda gradient: gradient * factor)
-        gathered[rank()] = rows
+        # A view, because the gradients of other uses of the rows are not multiplied, nor is one that is absent.
+        own, factor = rows.view_as(rows), world_size()
+        own.register_hook(lambda gradient: gradient * factor)
+        gathered[rank()] = own
     return torch.cat(gathered)
 
 

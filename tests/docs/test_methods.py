@@ -1,4 +1,4 @@
-"""The method pages against the code: what they name exists, and what they tell to type is understood."""
+"""The method pages against the code: every name, recipe, setting and command in them exists."""
 
 import importlib
 import re
@@ -14,6 +14,7 @@ import timm
 
 from uda_reid.cli import main
 from uda_reid.recipe import load_recipe, override_recipe, shipped_recipes
+from uda_reid.settings import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "methods"
@@ -34,7 +35,7 @@ def fenced(page: Path, language: str) -> list[str]:
 
 
 def resolve(name: str) -> tuple[Any, str]:
-    """What a dotted name names, and the module that it was found in."""
+    """Returns the object that a dotted name names, and the module it was found in."""
     words = name.split(".")
     for length in range(len(words), 0, -1):
         module = ".".join(words[:length])
@@ -49,7 +50,7 @@ def resolve(name: str) -> tuple[Any, str]:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The commands of a page, without `cli.py`."""
+    """Yields the commands of a page, without `cli.py`."""
     for body in fenced(page, "sh"):
         for line in body.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
@@ -58,7 +59,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def parsed(words: list[str]) -> dict[str, Any]:
-    """Options of one command, as click reads them."""
+    """Returns the options of one command, as click reads them."""
     command = main.get_command(click.Context(main), words[0])
     assert command is not None, words[0]
     options, left_over, _ = command.make_parser(click.Context(command)).parse_args(list(words[1:]))
@@ -67,7 +68,7 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 
 def settings(page: Path) -> list[str]:
-    """Every `key=value` that a page tells to set, in its commands and in its text."""
+    """Returns every `key=value` of a page, in its commands and in its text."""
     named = [value for words in commands(page) for value in parsed(words).get("overrides", [])]
     for text in INLINE_SETTING.findall(page.read_text()):
         words = shlex.split(text)
@@ -77,13 +78,13 @@ def settings(page: Path) -> list[str]:
 
 
 def recipes(page: Path) -> set[str]:
-    """Every recipe that a page names in a command or links to."""
+    """Returns every recipe that a page names in a command or links to."""
     linked = {Path(target).stem for _, target in LINK.findall(page.read_text()) if target.endswith(".toml")}
     used = {parsed(words).get("recipe_name") for words in commands(page)} - {None}
     return linked | used
 
 
-@pytest.mark.parametrize("name", ["fusionreid", "sam-ibn", "x-reid", "lf2"])
+@pytest.mark.parametrize("name", ["fusionreid", "sam-ibn", "x-reid", *STRATEGIES])
 def test_every_system_has_its_page_and_the_index_links_it(name: str) -> None:
     targets = [target for _, target in LINK.findall((FOLDER / "README.md").read_text())]
     assert f"{name}.md" in targets
@@ -144,8 +145,9 @@ def test_every_recipe_and_setting_is_read(page: Path) -> None:
     assert names
     assert values
     for name in names:
-        recipe = load_recipe(name)
         for value in values:
+            section = value.removeprefix("adapt.").split(".")[0]
+            recipe = load_recipe(name, strategy=section if section in STRATEGIES else None)
             changed = override_recipe(recipe, (value,))
             for timm_name in (changed.model.cnn.name, changed.model.transformer.name):
                 assert timm.is_model(timm_name), value

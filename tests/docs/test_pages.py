@@ -10,17 +10,19 @@ PAGES = [ROOT / "README.md", ROOT / "EXPERIMENTS.md", *sorted((ROOT / "docs").rg
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 
-blocks = [(page, body) for page in PAGES for body in PYTHON.findall(page.read_text())]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pytest.mark.parametrize(("page", "body"), blocks, ids=[f"{page.name}-{n}" for n, (page, _) in enumerate(blocks)])
-def test_python_blocks_run(page: Path, body: str) -> None:
+@each_page
+def test_python_blocks_run_in_order(page: Path) -> None:
     names: dict[str, object] = {}
-    exec(compile(body, str(page), "exec"), names)
-    assert len(names) > 1, "the block defined nothing"
+    for body in PYTHON.findall(page.read_text()):
+        before = len(names)
+        exec(compile(body, str(page), "exec"), names)
+        assert len(names) > before, f"the block defined nothing: {body}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each_page
 def test_links_lead_to_files(page: Path) -> None:
     local = [link.split("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]
     assert [link for link in local if link and not (page.parent / link).exists()] == []

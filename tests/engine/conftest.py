@@ -1,39 +1,51 @@
-"""Saved states, their warnings, and equality to the bit."""
+"""Equality to the bit, the form of an error sentence, and a small set of images."""
 
-from pathlib import Path
+import re
+from collections.abc import Callable, Mapping
 
+import pytest
 import torch
 from torch import Tensor
 
-from uda_reid.engine.run_state import RunState, RunStates
+from uda_reid.data.image_set import ImageSet
+from uda_reid.settings import ImageSettings
 
 
-class Warnings(list[str]):
-    """Collects what `RunStates` warns of, each checked to be one sentence."""
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """Asserts that two dicts hold the same tensors: names, dtypes, shapes and every bit."""
 
-    def __call__(self, text: str) -> None:
+    def bits(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+            assert torch.equal(bits(found[name]), bits(tensor)), name
+
+    return check
+
+
+@pytest.fixture
+def assert_sentence() -> Callable[..., None]:
+    """Asserts that an error is one sentence on one line that contains the given words."""
+
+    def check(error: BaseException | str, *words: object) -> None:
+        text = str(error)
         assert "\n" not in text
         assert text.endswith(".")
-        self.append(text)
+        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
+        for word in words:
+            assert str(word) in text, f"{word} is not named: {text}"
+
+    return check
 
 
-def states_in(folder: Path) -> tuple[RunStates, Warnings]:
-    warnings = Warnings()
-    return RunStates(folder, warnings), warnings
-
-
-def newest(states: RunStates) -> RunState:
-    state = states.newest()
-    assert state is not None
-    return state
-
-
-def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def assert_same(came: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert came.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert (came[key].dtype, came[key].shape) == (tensor.dtype, tensor.shape), key
-        assert bits(came[key]) == bits(tensor), key
+@pytest.fixture(scope="session")
+def images() -> ImageSet:
+    """23 random images of 8 x 6 pixels from three cameras, some of unknown ones."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (23, 3, 8, 6), dtype=torch.uint8, generator=generator)
+    settings = ImageSettings(height=8, width=6, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+    return ImageSet(pixels, torch.arange(23) % 4 - 1, settings)

@@ -115,9 +115,9 @@ class LevelBatches:
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restores an epoch, and draws again what was drawn."""
-        names = [name for name in state_dict if name.startswith("labels.")]
-        names.sort(key=lambda name: int(name.split(".")[1]))  # files keep no order
-        labels = {name.split(".", 2)[2]: state_dict[name] for name in names}
+        names = [name.split(".", 2) for name in state_dict if name.startswith("labels.")]
+        names.sort(key=lambda name: int(name[1]))  # files keep no order
+        labels = {level: state_dict[f"labels.{number}.{level}"] for _, number, level in names}
         self.begin_epoch(labels, state_dict["seeds"].tolist())
         for _ in range(int(state_dict["drawn"])):
             self._draw_indices()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from uda_reid.distributed import all_reduce_mean
-from uda_reid.errors import UserError
+from uda_reid.engine.state import REMEDY
+from uda_reid.models.weights import check_state_dict
 from uda_reid.settings import OptimSettings
 
 Losses = dict[str, Tensor]
@@ -105,26 +106,26 @@ class GuardedOptimizer:
         """Restores what `state_dict` returned.
 
         Raises:
-            UserError: the moments belong to another optimizer or to parameters of other shapes.
+            UserError: a moment is missing, unknown, or of another shape or dtype; nothing is loaded then.
         """
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in state_dict.items():
-            index, _, name = key.partition(".")
-            fits = index.isdigit() and int(index) < len(parameters) and name in self._moments()
-            if not fits or tensor.shape not in ((), parameters[int(index)].shape):
-                raise UserError(
-                    f"The saved training state of the optimizer does not fit: it holds '{key}' {list(tensor.shape)}, "
-                    f"but {self._settings.name} has {len(parameters)} parameters; resume with the recipe and the "
-                    "uda_reid version that the run began with, or start a new run."
-                )
-            # Fused kernels walk a parameter and its moments in the order of memory, so their strides must agree.
-            like = parameters[int(index)]
-            state.setdefault(int(index), {})[name] = torch.empty_like(like).copy_(tensor) if tensor.ndim else tensor
+        # Adam has moments only of parameters that have had a gradient, SGD of all (`_start_momentum`).
+        known = {key.partition(".")[0] for key in state_dict}
+        is_sgd = self._settings.name == "sgd"
+        state = {i: self._empty_moments(p) for i, p in enumerate(parameters) if is_sgd or str(i) in known}
+        expected = {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
+        what = "the saved training state of the optimizer"
+        check_state_dict(state_dict, expected, what=what, remedy=REMEDY, check_dtype=True)
+        for name, moment in expected.items():
+            moment.copy_(state_dict[name])
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
-    def _moments(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self._settings.name == "sgd" else ("step", "exp_avg", "exp_avg_sq")
+    def _empty_moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        # Fused kernels walk a parameter and its moments in the order of memory, so their strides must agree.
+        if self._settings.name == "sgd":
+            return {"momentum_buffer": torch.empty_like(parameter)} if self._settings.momentum else {}
+        moments = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.empty((), dtype=torch.float32, device=parameter.device), **moments}
 
     def _is_not_finite(self, total: Tensor) -> Tensor:
         parameters = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)

@@ -102,12 +102,16 @@ class Strategy(nn.Module):
         """
 
     def resize_heads(self, stored: Mapping[str, Tensor]) -> None:
-        """Makes the heads of a saved epoch, whose values are loaded next.
+        """Makes the heads of a saved epoch, whose values are loaded next; to be overridden for other heads than trained
+        `Classifiers`.
 
         Args:
             stored: a state dict of this strategy.
         """
-        names = {key.split(".")[1] for key in stored if key.startswith("heads.")}
         device = next(self.parameters()).device
-        heads = {name: Classifiers.like(stored, f"heads.{name}.") for name in names}
-        self.heads = nn.ModuleDict({name: head for name, head in heads.items() if head is not None}).to(device)
+        self.heads = nn.ModuleDict()
+        for name in {key.split(".")[1] for key in stored if key.startswith("heads.")}:
+            head = Classifiers.like(stored, f"heads.{name}.")
+            if head is None:
+                raise NotImplementedError(f"The head '{name}' is not a Classifiers: override resize_heads to make it.")
+            self.heads[name] = head.to(device)

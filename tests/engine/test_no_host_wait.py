@@ -1,0 +1,128 @@
+"""No training step makes the host wait for the device."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.training import (
+    CPU,
+    load_source,
+    load_target,
+    new_source_model,
+    new_strategy,
+    silent_reporter,
+    train_source,
+    train_strategy,
+    varied,
+)
+from uda_reid.report.training_report import TrainingReport
+from uda_reid.settings import Recipe
+
+T = TypeVar("T")
+# What hands a number, or a size that depends on numbers, back to the host.
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
+
+
+class Waits(TorchDispatchMode):
+    """Notes every operation for which the host would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+        )
+        if name in WAITING or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class StepReport(TrainingReport):
+    """Watches the training steps: whatever happens between two batches, the making of the next one included."""
+
+    def __init__(self) -> None:
+        super().__init__(silent_reporter())
+        self.steps, self.waits = 0, Waits()
+
+    def track(
+        self, batches: Iterable[T], title: str, total: int, size: Callable[[T], int] | None = None
+    ) -> Iterator[T]:
+        return self.watch(batches) if title.startswith("epoch") else iter(batches)
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        with self.waits:
+            for batch in batches:
+                self.steps += 1
+                yield batch
+
+
+class StrictReport(StepReport):
+    """As CUDA itself sees it, copies from the host included."""
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        try:
+            for batch in batches:
+                yield batch
+                self.steps += 1
+                torch.cuda.set_sync_debug_mode("error")  # the first step makes what later ones reuse
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_would_wait_is_seen() -> None:
+    with Waits() as waits:
+        rows = torch.arange(4.0)
+        rows[rows > 1]
+        float(rows.sum())
+        rows.nonzero()
+    assert waits.seen == ["index", "_local_scalar_dense", "nonzero"]
+
+
+KEYS = ("intra=1", "inter=1", "heads=2")
+BACKBONES = {"CNN": ("model.backbone=cnn",), "ViT": ("model.backbone=vit",), "SAM-IBN": ("model.backbone=sam_ibn",)}
+SHARED = {"hybrid": (), "groups": ("training.batch_norm_group=4",), **BACKBONES}
+CASES = {
+    **{f"pretrain, {name}": ("pretrain", overrides) for name, overrides in SHARED.items()},
+    "pretrain, cross-instance": ("pretrain", tuple(f"pretrain.cross_instance.{key}" for key in KEYS)),
+    **{f"lf2, {name}": ("lf2", overrides) for name, overrides in SHARED.items()},
+    "lf2, a batch for each level": ("lf2", ("adapt.shared_batch=false",)),
+    "lf2, cross-instance": ("lf2", tuple(f"adapt.lf2.cross_instance.{key}" for key in KEYS)),
+    "baseline": ("baseline", ()),
+}
+
+
+def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: torch.device = CPU) -> None:
+    stage, overrides = CASES[case]
+    short = ("pretrain.epochs=1", "pretrain.steps=3", "adapt.epochs=1")
+    recipe = varied(recipe, *short, *overrides, strategy=None if stage == "pretrain" else stage)
+    if stage == "pretrain":
+        source, labels = load_source("plaza", root, recipe, device)
+        model, objective = new_source_model(recipe, int(labels.max()) + 1, device=device)
+        train_source(model, objective, source, labels, recipe, device=device, report=report)
+    else:
+        strategy = new_strategy(recipe, device=device)
+        train_strategy(strategy, load_target("station", root, recipe, device), recipe, device=device, report=report)
+    assert report.steps == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_device(case: str, tiny_root: Path, tiny_recipe: Recipe) -> None:
+    report = StepReport()
+    train(case, tiny_recipe, tiny_root, report)
+    assert report.waits.seen == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_gpu(case: str, tiny_root: Path, tiny_recipe: Recipe) -> None:
+    train(case, tiny_recipe, tiny_root, StrictReport(), torch.device("cuda"))

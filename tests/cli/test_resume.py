@@ -117,7 +117,7 @@ def test_a_command_without_data_says_which_options_it_needs(invoke: Invoke) -> N
 
 def test_a_run_that_is_being_written_is_not_written_twice(tmp_path: Path) -> None:
     first = RunLog(tmp_path / "run")
-    with pytest.raises(UserError, match="is locked by another process"):
+    with pytest.raises(UserError, match="is being written by another process"):
         RunLog(tmp_path / "run", resumed=True)
     assert first.folder.is_dir()
 

@@ -163,7 +163,8 @@ def run_seed(seed: int, options: argparse.Namespace) -> tuple[dict[str, Row], di
     """Returns every row of one seed; runs in a process of its own."""
     torch.set_num_threads(options.threads)
     bench = Bench(options, seed)
-    systems, adaptations = {}, {}
+    systems: dict[str, Row] = {}
+    adaptations: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         kept: Path = options.keep or scratch / "kept"

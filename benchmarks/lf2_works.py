@@ -2,8 +2,8 @@
 
 import argparse
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from common import QUIET
@@ -145,11 +145,10 @@ class StepWorks:
         return self._encoded[len(images)]
 
 
-@dataclass(frozen=True)
-class Epoch:
+class Epoch(NamedTuple):
     """One epoch of one form.
 
-    Attributes:
+    Fields:
         losses: mean of each.
         clusters: level -> clusters and outliers.
     """
@@ -197,19 +196,11 @@ class EpochWorks:
         strategy.load_state_dict(self.start)
         return strategy
 
-    def adapt(self, strategy: LF2, recipe: Recipe) -> dict[str, object]:
+    def adapt(self, strategy: LF2, recipe: Recipe) -> dict[str, Any]:
         """Runs an epoch of this package; returns its row."""
-        (row,) = adapt(
-            strategy,
-            self.bench.data,
-            recipe.adapt,
-            recipe.training,
-            seed=SEED,
-            device=self.bench.device,
-            state=TrainState(),
-            report=TrainingReport(QUIET),
-        )
-        return row
+        data, device, report = self.bench.data, self.bench.device, TrainingReport(QUIET)
+        settings = recipe.adapt, recipe.training
+        return adapt(strategy, data, *settings, seed=SEED, device=device, state=TrainState(), report=report)[0]
 
     def _ours(self, strategy: LF2, recipe: Recipe) -> Epoch:
         took, row = time_once(partial(self.adapt, strategy, recipe), self.bench.device)
@@ -229,6 +220,5 @@ class EpochWorks:
             workers=bench.options.loader_workers,
             teacher_everywhere=not bench.options.lean_plain,
         )
-        took, epoch = time_once(loop.epoch, bench.device)
-        clusters = {level: (found.clusters, found.outliers) for level, found in epoch.labels.items()}
-        return Epoch(took, epoch.losses, clusters)
+        took, (losses, labels) = time_once(loop.epoch, bench.device)
+        return Epoch(took, losses, {level: (found.clusters, found.outliers) for level, found in labels.items()})

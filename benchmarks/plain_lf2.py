@@ -8,7 +8,6 @@ field's published code, the words are not.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +72,6 @@ class PersonImages(Dataset[Any]):
             return self.transform(image.convert("RGB")), self.camera_indices[index], index
 
 
-@dataclass(frozen=True)
-class PlainEpoch:
-    """The result of one epoch.
-
-    Attributes:
-        losses: mean of each.
-        labels: pseudo-labels of each level.
-    """
-
-    losses: dict[str, float]
-    labels: dict[str, PseudoLabels]
-
-
 class PlainLF2:
     """The ordinary loop around the same networks.
 
@@ -126,18 +112,16 @@ class PlainLF2:
         self.optimizer = plain_optimizer([self.student, self.fusion], settings.optim)
         self.updates = 0
 
-    def epoch(self, epoch: int = 0) -> PlainEpoch:
-        """Extracts features, clusters them and trains."""
+    def epoch(self, epoch: int = 0) -> tuple[dict[str, float], dict[str, PseudoLabels]]:
+        """Extracts features, clusters them and trains; returns the means of the losses and the labels by level."""
         bn_embeddings, features = self.extract()
         labels = {
             level: pseudo_labels(features[level], self.settings.cluster, seed=derive_seed(self.seed, epoch, number))
             for number, level in enumerate(self.levels)
         }
-        classifiers = Classifiers.from_centroids(
-            centroids(bn_embeddings, labels[GLOBAL].labels), self.student.reid.output_widths
-        )
-        losses = self.train(epoch, classifiers, {level: found.labels for level, found in labels.items()})
-        return PlainEpoch(losses, labels)
+        weights = centroids(bn_embeddings, labels[GLOBAL].labels)
+        classifiers = Classifiers.from_centroids(weights, self.student.reid.output_widths)
+        return self.train(epoch, classifiers, {level: found.labels for level, found in labels.items()}), labels
 
     def extract(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the global embeddings after their necks, and the features of each level, [N, D] float32 each."""

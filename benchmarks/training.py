@@ -149,7 +149,11 @@ def stages(bench: Bench, epochs: EpochWorks) -> Section:
 
 
 def first_losses(epochs: EpochWorks) -> Section:
-    """Measures the largest relative difference of a loss between the forms over the first steps, not augmented."""
+    """Measures the largest relative difference of a loss between the forms over the first steps, not augmented.
+
+    The first step is the same. Then the teacher's maps differ a little: the plain form updates the running statistics
+    of batch norm once for each level, this package once for each step, by the mean over the levels.
+    """
     still = ["adapt.augment.flip=0", "adapt.augment.pad=0", "adapt.augment.erase=0", "training.precision=float32"]
     still += [f"adapt.steps={CHECKED}", "adapt.optim.warmup_epochs=0"]
     plain, ours = (epochs.epoch(form, *still) for form in (PLAIN, GROUPED))

@@ -27,15 +27,8 @@ def train_and_test(source: str, recipe: Recipe, root: Path, *, device: torch.dev
     with tempfile.TemporaryDirectory() as folder:
         labelled = open_data(source, root, labelled_train=True, reporter=QUIET)
         _, checkpoint = train_source(recipe, labelled, Path(folder) / "run", device=device, seed=seed)
-        return {
-            target: score(
-                checkpoint,
-                open_data(target, root, labelled_train=False, reporter=QUIET),
-                device=device,
-                seed=seed,
-            )["mAP"]
-            for target in DOMAINS
-        }
+        targets = {name: open_data(name, root, labelled_train=False, reporter=QUIET) for name in DOMAINS}
+        return {name: score(checkpoint, data, device=device, seed=seed)["mAP"] for name, data in targets.items()}
 
 
 def main() -> None:

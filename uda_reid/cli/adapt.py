@@ -27,15 +27,15 @@ def adapt(target: str | None, init: Path | None, strategy: str | None, options: 
     from uda_reid.cli.start import find_checkpoint, join_processes
     from uda_reid.runs import run_adapt
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "adapt")
     elif target is not None:
         path = find_checkpoint(init, ("pretrain",))
         of_model = tuple(override for override in options.overrides if override.startswith(OF_CHECKPOINT))
         others = tuple(override for override in options.overrides if override not in of_model)
-        recipe, note = choose_recipe(options.recipe_name, target, strategy or AdaptSettings.strategy, others, strategy)
-        notes = [f"Starting from {path}{'' if init else ' (the newest pre-training run)'}.", note]
+        recipe, notes = choose_recipe(options.recipe_name, target, strategy or AdaptSettings.strategy, others, strategy)
+        notes = [f"Starting from {path}{'' if init else ' (the newest pre-training run)'}.", *notes]
         command = RunCommand(
             "adapt",
             target,

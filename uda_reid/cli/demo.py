@@ -22,12 +22,11 @@ def demo(strategy: str | None, options: RunOptions) -> None:
     from uda_reid.cli.start import join_processes
     from uda_reid.runs import run_demo
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "demo")
     else:
-        recipe, note = choose_recipe(options.recipe_name, SOURCE, "demo", options.overrides, strategy)
-        notes = [note]
+        recipe, notes = choose_recipe(options.recipe_name, SOURCE, "demo", options.overrides, strategy)
         command = RunCommand(
             "demo", "", str(options.data_root), options.seed, options.device, strategy=recipe.adapt.strategy
         )

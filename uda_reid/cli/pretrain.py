@@ -20,12 +20,11 @@ def pretrain(source: str | None, options: RunOptions) -> None:
     from uda_reid.cli.start import join_processes
     from uda_reid.runs import run_pretrain
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "pretrain")
     elif source is not None:
-        recipe, note = choose_recipe(options.recipe_name, source, "fusionreid", options.overrides)
-        notes = [note]
+        recipe, notes = choose_recipe(options.recipe_name, source, "fusionreid", options.overrides)
         command = RunCommand("pretrain", source, str(options.data_root), options.seed, options.device)
     else:
         raise click.UsageError("Missing option '--source' (or '--resume').")

@@ -51,20 +51,16 @@ def build_graph(
     on_stage: OnStage = lambda stage, done: None,
     on_recall: Callable[[float], None] = ignore,
 ) -> SparseGraph:
-    """Returns the pairs at most `settings.eps` apart. Collective.
+    """Returns the pairs at most `settings.eps` apart among all N points, the same on every process. Collective.
 
     Several processes share the search for neighbors by a ring; the rest is linear, and each does the whole of it.
 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
             for a single process, on the device to work on.
-        settings: of DBSCAN.
         timer: gets the seconds of the stages "neighbours" and "jaccard".
         on_stage: receives the progress of each stage.
         on_recall: receives the recall of an inexact backend.
-
-    Returns:
-        The graph of all N points, the same on every process.
 
     Raises:
         UserError: features are refused by `normalize`, or the backend is not available.

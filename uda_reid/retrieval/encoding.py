@@ -52,18 +52,14 @@ def encode(
     budget_bytes: int,
     exponent_scale: Tensor | None = None,
 ) -> Encoding:
-    """Returns V.
+    """Returns V, on the device of `neighbours`.
 
     Args:
-        similarities_of: returns the cosines of pairs.
         neighbours: of all N points; R(i, k1) is taken among all their columns.
         k1: decides h, which is clipped to the columns; halves round to even, as in the released code.
         k2: rows averaged, clipped to the columns; 1 leaves V as it is.
         budget_bytes: for the temporary arrays of one block of rows.
         exponent_scale: [N] float32, the factor of d in row i; one by default.
-
-    Returns:
-        The encoding, on the device of `neighbours`.
     """
     n, columns = neighbours.indices.shape
     h, k2 = min(round(k1 / 2) + 1, columns), min(k2, columns)

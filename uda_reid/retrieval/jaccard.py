@@ -50,7 +50,7 @@ def jaccard_graph(
     budget_bytes: int | None = None,
     on_progress: OnProgress = ignore,
 ) -> SparseGraph:
-    """Returns every pair at most eps apart and its distance.
+    """Returns every pair at most eps apart and its distance, on the device of `neighbours`.
 
     Args:
         similarities_of: returns the cosines of pairs of points; `partial(pair_similarities, rows, rows)` for
@@ -61,9 +61,6 @@ def jaccard_graph(
         eps: largest distance held, 0 < eps < 1 (at one, every pair would be).
         budget_bytes: for temporary arrays; `blockwise.default_budget` by default.
         on_progress: receives the fraction done.
-
-    Returns:
-        The graph, on the device of `neighbours`.
 
     Raises:
         UserError: a setting is out of range, or `neighbours` has too few columns.

@@ -63,12 +63,9 @@ def evaluate_ranking(
     Identity 0 is a distractor: it matches no query, not even one of identity 0. Ties are ordered by gallery index.
 
     Args:
-        query_features: [Q, D] float, of any row norm.
-        query_person_ids: [Q] int.
-        query_camera_ids: [Q] int.
-        gallery_features: [G, D] float.
-        gallery_person_ids: [G] int.
-        gallery_camera_ids: [G] int.
+        query_features, gallery_features: [Q, D] and [G, D] float, of any row norm.
+        query_person_ids, query_camera_ids: [Q] int.
+        gallery_person_ids, gallery_camera_ids: [G] int.
         chunk: queries ranked at a time; memory grows with chunk x G, not with Q x G.
         distances: distances to rank by instead (`reranking.rerank`); the features are then not read.
 

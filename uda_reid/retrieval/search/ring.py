@@ -66,12 +66,7 @@ class ShardedBank:
     def pair_similarities(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns the cosines of pairs of rows of the whole bank; every process passes the same pairs and gets all.
 
-        Args:
-            rows: [P] int64, ascending.
-            columns: [P] int64.
-
-        Returns:
-            [P] int64, in units of 2^-40.
+        Shapes and units are those of `similarity.pair_similarities`.
         """
         ends = torch.tensor(self.counts, device=rows.device).cumsum(0)
         pairs = torch.searchsorted(rows, ends).diff(prepend=ends.new_zeros(1)).tolist()
@@ -86,7 +81,7 @@ class ShardedBank:
     def _visiting_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields every process's rows, this one's first: the block's first row in the bank and the block [n, D].
 
-        The next block is on its way while the caller works on this one.
+        The next block is transferred while the caller works on this one.
         """
         block, size = self.rows, world_size()
         for step in range(size):

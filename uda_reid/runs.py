@@ -112,16 +112,8 @@ def run_adapt(
     images = load_image_set(
         records, known, recipe.images, name=target.name, device=device, scratch=log.folder, reporter=reporter
     )
-    rows = adapt(
-        strategy,
-        images,
-        recipe.adapt,
-        recipe.training,
-        seed=seed,
-        device=device,
-        state=state,
-        report=TrainingReport(reporter, log),
-    )
+    report = TrainingReport(reporter, log)
+    rows = adapt(strategy, images, recipe.adapt, recipe.training, seed=seed, device=device, state=state, report=report)
     source = init.metadata["source"]
     if log.writes:
         metadata = {**init.metadata, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}

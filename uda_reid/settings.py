@@ -28,6 +28,26 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise UserError(f"{key} must be one of {', '.join(choices)}, got '{value}'.")
 
 
+def _check_least(section: str, least: float, **values: float) -> None:
+    for key, value in values.items():
+        if value < least:
+            raise UserError(f"{section}.{key} must be {least} or more, got {value}.")
+
+
+def _check_fraction(section: str, **values: float) -> None:
+    for key, value in values.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{section}.{key} must be in [0, 1], got {value}.")
+
+
+def _check_batch(section: str, identities: int, instances: int) -> None:
+    if min(identities, instances) < 2:
+        raise UserError(
+            f"{section}.identities and {section}.instances must be 2 or more, got {identities} and {instances}; a "
+            "triplet needs a second image of one identity and one of another."
+        )
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """Input size, normalization, and where decoded images are kept.
@@ -48,8 +68,7 @@ class ImageSettings:
     memory_limit_gib: float = 8.0
 
     def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise UserError(f"images.height and images.width must be 1 or more, got {self.height} and {self.width}.")
+        _check_least("images", 1, height=self.height, width=self.width)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError("images.mean and images.std must be three numbers each, one per channel, std above 0.")
         _check_choice("images.store", self.store, STORES)
@@ -75,10 +94,8 @@ class AugmentSettings:
     erase_fill: str = "noise"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.flip <= 1 and 0 <= self.erase <= 1):
-            raise UserError(f"augment.flip and augment.erase must be in [0, 1], got {self.flip} and {self.erase}.")
-        if self.pad < 0:
-            raise UserError(f"augment.pad must be 0 pixels or more, got {self.pad}.")
+        _check_fraction("augment", flip=self.flip, erase=self.erase)
+        _check_least("augment", 0, pad=self.pad)
         _check_choice("augment.erase_fill", self.erase_fill, ERASE_FILLS)
 
 
@@ -261,11 +278,7 @@ class CrossInstanceSettings:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        if min(self.intra, self.inter) < 0:
-            raise UserError(
-                f"cross_instance.intra and cross_instance.inter must be weights of 0 or more, got {self.intra} and "
-                f"{self.inter}."
-            )
+        _check_least("cross_instance", 0, intra=self.intra, inter=self.inter)
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -292,23 +305,14 @@ class PretrainSettings:
     cross_instance: CrossInstanceSettings = field(default_factory=CrossInstanceSettings)
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.steps < 0:
-            raise UserError(
-                f"pretrain.epochs must be 1 or more and pretrain.steps 0 or more, got {self.epochs} and {self.steps}."
-            )
+        _check_least("pretrain", 1, epochs=self.epochs)
+        _check_least("pretrain", 0, steps=self.steps)
+        _check_fraction("pretrain", label_smoothing=self.label_smoothing)
         _check_batch("pretrain", self.identities, self.instances)
 
     def steps_for(self, images: int) -> int:
         """Returns the batches of an epoch over that many images."""
         return self.steps or ceil(images / (self.identities * self.instances))
-
-
-def _check_batch(section: str, identities: int, instances: int) -> None:
-    if min(identities, instances) < 2:
-        raise UserError(
-            f"{section}.identities and {section}.instances must be 2 or more, got {identities} and {instances}; a "
-            "triplet needs a second image of one identity and one of another."
-        )
 
 
 @dataclass(frozen=True)
@@ -339,11 +343,7 @@ class ClusterSettings:
             raise UserError(f"cluster.k2 must be between 1 and cluster.k1, got k1 = {self.k1} and k2 = {self.k2}.")
         if not 0 < self.eps < 1:
             raise UserError(f"cluster.eps must be above 0 and below 1, got {self.eps}.")
-        if self.min_samples < 1 or self.clusters < 1:
-            raise UserError(
-                f"cluster.min_samples and cluster.clusters must be 1 or more, got {self.min_samples} and "
-                f"{self.clusters}."
-            )
+        _check_least("cluster", 1, min_samples=self.min_samples, clusters=self.clusters)
 
 
 @dataclass(frozen=True)
@@ -351,6 +351,9 @@ class BaselineSettings:
     """Strategy "baseline": cross-entropy and triplet on the global feature, no teacher."""
 
     label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_fraction("adapt.baseline", label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -377,11 +380,9 @@ class LF2Settings:
     cross_instance: CrossInstanceSettings = field(default_factory=CrossInstanceSettings)
 
     def __post_init__(self) -> None:
-        if self.parts < 0 or self.reduction < 1:
-            raise UserError(
-                f"adapt.lf2.parts must be 0 or more and adapt.lf2.reduction 1 or more, got {self.parts} and "
-                f"{self.reduction}."
-            )
+        _check_least("adapt.lf2", 0, parts=self.parts)
+        _check_least("adapt.lf2", 1, reduction=self.reduction)
+        _check_fraction("adapt.lf2", label_smoothing=self.label_smoothing)
         if not 0 <= self.teacher_momentum < 1:
             raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
 
@@ -417,11 +418,7 @@ class AdaptSettings:
 
     def __post_init__(self) -> None:
         _check_choice("adapt.strategy", self.strategy, STRATEGIES)
-        if min(self.epochs, self.steps, self.feature_batch) < 1:
-            raise UserError(
-                f"adapt.epochs, adapt.steps and adapt.feature_batch must be 1 or more, got {self.epochs}, "
-                f"{self.steps} and {self.feature_batch}."
-            )
+        _check_least("adapt", 1, epochs=self.epochs, steps=self.steps, feature_batch=self.feature_batch)
         _check_batch("adapt", self.identities, self.instances)
 
     @property
@@ -457,11 +454,8 @@ class TrainingSettings:
                 f"training.batch_norm_group must be 0 (the whole batch) or 2 or more, got {self.batch_norm_group}; one "
                 "image has no variance."
             )
-        if self.patience < 1 or self.checkpoint_minutes < 0:
-            raise UserError(
-                f"training.patience must be 1 or more and training.checkpoint_minutes 0 or more, got {self.patience} "
-                f"and {self.checkpoint_minutes}."
-            )
+        _check_least("training", 1, patience=self.patience)
+        _check_least("training", 0, checkpoint_minutes=self.checkpoint_minutes)
 
 
 @dataclass(frozen=True)
@@ -481,10 +475,11 @@ class EvaluateSettings:
     rerank_lambda: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or not 1 <= self.rerank_k2 <= self.rerank_k1 or not 0 <= self.rerank_lambda <= 1:
+        _check_least("evaluate", 1, batch=self.batch, rerank_k2=self.rerank_k2)
+        _check_fraction("evaluate", rerank_lambda=self.rerank_lambda)
+        if self.rerank_k2 > self.rerank_k1:
             raise UserError(
-                "evaluate.batch must be 1 or more, 1 <= rerank_k2 <= rerank_k1 and rerank_lambda in [0, 1], got "
-                f"{self.batch}, {self.rerank_k2}, {self.rerank_k1} and {self.rerank_lambda}."
+                f"evaluate.rerank_k2 must be at most evaluate.rerank_k1, got {self.rerank_k2} and {self.rerank_k1}."
             )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.cli.conftest import Invoke, settings, summary
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 

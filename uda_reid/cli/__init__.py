@@ -7,6 +7,7 @@ A command's file is imported when the command is asked for, and imports torch on
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -60,30 +61,20 @@ class Commands(click.Group):
         except UserError as error:
             raise SentenceError(str(error)) from error
         except RuntimeError as error:
-            if not _is_lost_process(error):
+            if not (distributed := _distributed()) or not distributed.is_lost_process(error):
                 raise
             raise SentenceError(
                 f"Another process of this run has ended, so this one stops ({str(error).splitlines()[0]}); see the "
                 "error of that process, and continue with --resume."
             ) from error
-        if _uses_processes():
-            from uda_reid import distributed
-
+        if distributed := _distributed():
             distributed.shut_down()
         return result
 
 
-def _uses_processes() -> bool:
-    """Returns whether a command has imported `distributed`; to import it here would import torch for each command."""
-    return "uda_reid.distributed" in sys.modules
-
-
-def _is_lost_process(error: RuntimeError) -> bool:
-    if not _uses_processes():
-        return False
-    from uda_reid import distributed
-
-    return distributed.is_lost_process(error)
+def _distributed() -> Any:
+    """Returns `uda_reid.distributed` if a command has imported it; an import here would import torch for each."""
+    return sys.modules.get("uda_reid.distributed")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -23,20 +23,19 @@ def adapt(target: str | None, init: Path | None, strategy: str | None, options: 
     test split, accuracy is shown before and after; it decides nothing: the last epoch is the result.
     """
     from uda_reid.build import load_source_model, open_data
-    from uda_reid.cli.processes import join_processes
     from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
-    from uda_reid.cli.run_folder import find_checkpoint
+    from uda_reid.cli.start import find_checkpoint, join_processes
     from uda_reid.runs import run_adapt
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "adapt")
     elif target is not None:
         path = find_checkpoint(init, ("pretrain",))
         of_model = tuple(override for override in options.overrides if override.startswith(OF_CHECKPOINT))
         others = tuple(override for override in options.overrides if override not in of_model)
-        recipe, note = choose_recipe(options.recipe_name, target, strategy or AdaptSettings.strategy, others, strategy)
-        notes = [f"Starting from {path}{'' if init else ' (the newest pre-training run)'}.", note]
+        recipe, notes = choose_recipe(options.recipe_name, target, strategy or AdaptSettings.strategy, others, strategy)
+        notes = [f"Starting from {path}{'' if init else ' (the newest pre-training run)'}.", *notes]
         command = RunCommand(
             "adapt",
             target,

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import click
 
@@ -59,7 +60,7 @@ def cluster(
 
     from uda_reid import distributed
     from uda_reid.cli.feature_files import check_output, load_features, write_summary
-    from uda_reid.cli.processes import join_processes
+    from uda_reid.cli.start import join_processes
     from uda_reid.clustering.dbscan import OUTLIER, dbscan
     from uda_reid.clustering.stages import StageTimer, build_graph
 
@@ -115,7 +116,8 @@ def cluster(
         "device": str(own_device),
         "processes": processes,
         "seconds": {stage: round(seconds, 4) for stage, seconds in timer.seconds.items()},
-        "peak_memory_bytes": _peak_memory_bytes(),
+        # Linux counts in KiB, macOS in bytes.
+        "peak_memory_bytes": getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
     if own_device.type == "cuda":
         summary["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(own_device)
@@ -131,13 +133,3 @@ def _parse_eps(text: str) -> list[float]:
     if not all(0 < value < 1 for value in values):
         raise UserError(f"--eps must be above 0 and below 1, got '{text}'.")
     return values
-
-
-def _peak_memory_bytes() -> int | None:
-    """Returns the most memory that this process has held at once, where the system reports it."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

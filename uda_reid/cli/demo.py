@@ -18,16 +18,15 @@ def demo(strategy: str | None, options: RunOptions) -> None:
     Both domains are rendered on first use; nothing is downloaded. Takes a few minutes on two processor cores.
     """
     from uda_reid.build import open_data
-    from uda_reid.cli.processes import join_processes
     from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
+    from uda_reid.cli.start import join_processes
     from uda_reid.runs import run_demo
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "demo")
     else:
-        recipe, note = choose_recipe(options.recipe_name, SOURCE, "demo", options.overrides, strategy)
-        notes = [note]
+        recipe, notes = choose_recipe(options.recipe_name, SOURCE, "demo", options.overrides, strategy)
         command = RunCommand(
             "demo", "", str(options.data_root), options.seed, options.device, strategy=recipe.adapt.strategy
         )

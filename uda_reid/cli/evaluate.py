@@ -32,8 +32,7 @@ def evaluate(
 ) -> None:
     """Measure a trained model: mAP, Rank-1/5/10 and mINP by the Market-1501 protocol."""
     from uda_reid.build import load_model, open_data
-    from uda_reid.cli.processes import join_processes
-    from uda_reid.cli.run_folder import find_checkpoint, open_folder
+    from uda_reid.cli.start import find_checkpoint, join_processes, open_folder
     from uda_reid.recipe import dump_recipe
     from uda_reid.runs import run_evaluate
 

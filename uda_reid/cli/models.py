@@ -21,7 +21,11 @@ def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -
     Without --recipe: the four backbones at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
     multiply-add counts as one FLOP.
     """
-    rows = [_count(name, recipe) for name, recipe in _recipes(recipe_name, overrides).items()]
+    if recipe_name is not None:
+        recipes = [load_recipe(recipe_name, overrides)]
+    else:
+        recipes = [override_recipe(Recipe(), (f"model.backbone={name}", *overrides)) for name in BACKBONES]
+    rows = [_count(recipe) for recipe in recipes]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -39,21 +43,14 @@ def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -
     Reporter().table(["backbone", "parameters", "GFLOPs", "descriptor", "grid", "parts"], table)
 
 
-def _recipes(name: str | None, overrides: tuple[str, ...]) -> dict[str, Recipe]:
-    if name is not None:
-        recipe = load_recipe(name, overrides)
-        return {recipe.model.backbone: recipe}
-    return {backbone: override_recipe(Recipe(), (f"model.backbone={backbone}", *overrides)) for backbone in BACKBONES}
-
-
-def _count(name: str, recipe: Recipe) -> dict[str, Any]:
+def _count(recipe: Recipe) -> dict[str, Any]:
     from uda_reid.build import make_model
     from uda_reid.engine.inspect_model import inspect_model
 
     height, width = recipe.images.height, recipe.images.width
     found = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
     return {
-        "name": name,
+        "name": recipe.model.backbone,
         "input": f"{height}x{width}",
         "parameters": found.parameters,
         "gflops": round(found.gflops, 4),

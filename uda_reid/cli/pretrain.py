@@ -16,16 +16,15 @@ def pretrain(source: str | None, options: RunOptions) -> None:
     The result is OUT/checkpoint.safetensors, from which `adapt` starts.
     """
     from uda_reid.build import open_data
-    from uda_reid.cli.processes import join_processes
     from uda_reid.cli.run_command import RunCommand, choose_recipe, nothing_to_resume, open_run, read_command
+    from uda_reid.cli.start import join_processes
     from uda_reid.runs import run_pretrain
 
-    notes = []
+    notes: list[str] = []
     if options.resume is not None:
         command, recipe = read_command(options, "pretrain")
     elif source is not None:
-        recipe, note = choose_recipe(options.recipe_name, source, "fusionreid", options.overrides)
-        notes = [note]
+        recipe, notes = choose_recipe(options.recipe_name, source, "fusionreid", options.overrides)
         command = RunCommand("pretrain", source, str(options.data_root), options.seed, options.device)
     else:
         raise click.UsageError("Missing option '--source' (or '--resume').")

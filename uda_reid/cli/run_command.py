@@ -1,4 +1,4 @@
-"""What a training was started with; it is stored in the run's folder, so that `--resume` needs no other option."""
+"""The command that started a training, stored in the run's folder so that `--resume` needs no other option."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import torch
 from click.core import ParameterSource
 
 from uda_reid.cli.options import RunOptions
-from uda_reid.cli.run_folder import open_folder
+from uda_reid.cli.start import open_folder
 from uda_reid.errors import UserError
 from uda_reid.recipe import dump_recipe, load_recipe, load_strategy
 from uda_reid.report.console import Reporter
@@ -76,7 +76,7 @@ def read_command(options: RunOptions, name: str) -> tuple[RunCommand, Recipe]:
 
 
 def nothing_to_resume(options: RunOptions, reporter: Reporter) -> bool:
-    """Returns whether the run that `--resume` names is finished, and prints so."""
+    """Returns whether the run that `--resume` names is finished, and says so."""
     finished = options.resume is not None and is_finished(options.resume)
     if finished:
         reporter.say(f"{options.resume} is finished; there is nothing to resume.")
@@ -85,8 +85,8 @@ def nothing_to_resume(options: RunOptions, reporter: Reporter) -> bool:
 
 def choose_recipe(
     name: str | None, dataset: str, default: str, overrides: tuple[str, ...], strategy: str | None = None
-) -> tuple[Recipe, str]:
-    """Returns the recipe of a new run, and one line about it.
+) -> tuple[Recipe, list[str]]:
+    """Returns the recipe of a new run, and what to print about it.
 
     Args:
         name: as given; otherwise "demo" for an embedded domain, for which it is made, and `default` for other data.
@@ -98,7 +98,7 @@ def choose_recipe(
     own = load_strategy(chosen)
     if strategy not in (None, own):
         note += f"; --strategy {strategy} replaces its strategy, so its section [adapt.{own}] is left out"
-    return recipe, note
+    return recipe, [note]
 
 
 def open_run(

@@ -34,7 +34,7 @@ def score(
     """
     from uda_reid import distributed
     from uda_reid.cli.feature_files import check_output, load_labelled, write_summary
-    from uda_reid.cli.processes import join_processes
+    from uda_reid.cli.start import join_processes
     from uda_reid.retrieval.ranking import evaluate_ranking
     from uda_reid.retrieval.reranking import rerank as rerank_distances
 

@@ -18,7 +18,7 @@ OUTLIER = -1
 
 
 def dbscan(graph: SparseGraph, *, eps: float, min_samples: int = 4) -> Tensor:
-    """Returns the cluster of each point of a graph, on whichever device the graph is.
+    """Returns the cluster of each point of a graph, on the device of the graph.
 
     Args:
         graph: distances between N points.

@@ -51,7 +51,6 @@ def pseudo_labels(features: Tensor, settings: ClusterSettings, *, seed: int) -> 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
             for a single process, on the device to work on.
-        settings: method and its settings.
         seed: of k-means; DBSCAN has none.
 
     Returns:

@@ -13,6 +13,7 @@ from uda_reid.retrieval.encoding import PairSimilarities
 from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
 from uda_reid.retrieval.neighbours import Neighbours, nearest_neighbours
 from uda_reid.retrieval.normalize import normalize_shard
+from uda_reid.retrieval.search.blockwise import ignore
 from uda_reid.retrieval.search.ring import ShardedBank
 from uda_reid.retrieval.search.similarity import pair_similarities
 from uda_reid.settings import ClusterSettings
@@ -47,23 +48,19 @@ def build_graph(
     settings: ClusterSettings,
     timer: StageTimer,
     *,
-    on_stage: OnStage | None = None,
-    on_recall: Callable[[float], None] | None = None,
+    on_stage: OnStage = lambda stage, done: None,
+    on_recall: Callable[[float], None] = ignore,
 ) -> SparseGraph:
-    """Returns the pairs at most `settings.eps` apart. Collective.
+    """Returns the pairs at most `settings.eps` apart among all N points, the same on every process. Collective.
 
     Several processes share the search for neighbors by a ring; the rest is linear, and each does the whole of it.
 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
             for a single process, on the device to work on.
-        settings: of DBSCAN.
         timer: gets the seconds of the stages "neighbours" and "jaccard".
         on_stage: receives the progress of each stage.
         on_recall: receives the recall of an inexact backend.
-
-    Returns:
-        The graph of all N points, the same on every process.
 
     Raises:
         UserError: features are refused by `normalize`, or the backend is not available.
@@ -71,7 +68,7 @@ def build_graph(
     if world_size() > 1 and settings.backend not in ("auto", "torch"):
         raise UserError(f"backend must be 'torch' or 'auto' with several processes, got '{settings.backend}'.")
     rows = normalize_shard(features)
-    on_neighbours, on_jaccard = (on_stage and partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
+    on_neighbours, on_jaccard = (partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
     if world_size() == 1:
         similarities_of: PairSimilarities = partial(pair_similarities, rows, rows)
         neighbours = nearest_neighbours(

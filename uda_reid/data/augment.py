@@ -50,8 +50,7 @@ def augment(
     Returns:
         [B, 3, H, W] float32.
     """
-    moved = flip_and_crop(images, settings.flip, settings.pad, generator)
-    augmented = normalize(moved, mean, std)
+    augmented = normalize(flip_and_crop(images, settings.flip, settings.pad, generator), mean, std)
     random_erase_(augmented, settings.erase, settings.erase_fill, generator)
     return augmented
 
@@ -72,7 +71,7 @@ def flip_and_crop(images: Tensor, flip: float, pad: int, generator: torch.Genera
     if batch == 0:
         return images.clone()
     device = images.device
-    flipped = _uniform(batch, generator, device) < flip
+    flipped = _uniform(batch, generator) < flip
     # Offsets of the crop in the padded image, from 0 to 2 * pad with equal probability.
     top = torch.randint(0, 2 * pad + 1, (batch, 1), generator=generator, device=device)
     left = torch.randint(0, 2 * pad + 1, (batch, 1), generator=generator, device=device)
@@ -104,28 +103,24 @@ def random_erase_(images: Tensor, probability: float, fill: str, generator: torc
     """
     if probability == 0:
         return
-    boxes = _draw_boxes(images, probability, generator)
-    if images.is_cuda:
-        _fill_masked(images, boxes, fill, generator)
-    else:
-        _fill_each(images, boxes, fill, generator)
+    fill_boxes = _fill_masked if images.is_cuda else _fill_each
+    fill_boxes(images, _draw_boxes(images, probability, generator), fill, generator)
 
 
 def _draw_boxes(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Returns [B, 4] int64: top, left, height and width of each rectangle, all 0 if the image is left as it is."""
     batch, _, height, width = images.shape
-    device = images.device
-    chosen = _uniform(batch, generator, device) < probability
+    chosen = _uniform(batch, generator) < probability
     low, high = ERASE_AREA
-    area = (low + (high - low) * _uniform((batch, ERASE_TRIES), generator, device)) * height * width
+    area = (low + (high - low) * _uniform((batch, ERASE_TRIES), generator)) * height * width
     low, high = math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])
-    aspect = torch.exp(low + (high - low) * _uniform((batch, ERASE_TRIES), generator, device))
+    aspect = torch.exp(low + (high - low) * _uniform((batch, ERASE_TRIES), generator))
     heights, widths = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
     fits = (heights < height) & (widths < width)
     first = fits.float().argmax(dim=1, keepdim=True)  # the first that fits, if fits.any()
     box_height, box_width = heights.gather(1, first), widths.gather(1, first)
-    top = (_uniform((batch, 1), generator, device) * (height - box_height + 1)).long()
-    left = (_uniform((batch, 1), generator, device) * (width - box_width + 1)).long()
+    top = (_uniform((batch, 1), generator) * (height - box_height + 1)).long()
+    left = (_uniform((batch, 1), generator) * (width - box_width + 1)).long()
     return torch.cat((top, left, box_height, box_width), dim=1) * (chosen & fits.any(dim=1))[:, None]
 
 
@@ -155,5 +150,5 @@ def _fill_each(images: Tensor, boxes: Tensor, fill: str, generator: torch.Genera
             box.zero_()
 
 
-def _uniform(shape: int | tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
-    return torch.rand(shape, generator=generator, device=device)
+def _uniform(shape: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, device=generator.device)

@@ -1,8 +1,8 @@
 """The known data sets: opens one by its key or folder and compares its counts with the published ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -11,12 +11,6 @@ from uda_reid.data.msmt17 import LAYOUT as MSMT17_LAYOUT
 from uda_reid.data.msmt17 import read_msmt17
 from uda_reid.data.records import ReIDDataset
 from uda_reid.errors import UserError
-
-
-class Reader(Protocol):
-    """Reads a data set in one layout of folders."""
-
-    def __call__(self, folder: Path, name: str, *, labelled_train: bool) -> ReIDDataset: ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,7 @@ class Entry:
 
     Attributes:
         folders: its usual names under the data root, the first that exists being used.
+        reader: reads the data set from its folder, called like `read_market1501`.
         layout: what `reader` expects, for error messages.
         remark: a clause for the error message when the data set is not found.
     """
@@ -43,7 +38,7 @@ class Entry:
     title: str
     folders: tuple[str, ...]
     counts: Counts
-    reader: Reader = read_market1501
+    reader: Callable[..., ReIDDataset] = read_market1501
     layout: str = LAYOUT
     remark: str = ""
 

@@ -8,7 +8,7 @@ from uda_reid.errors import UserError
 
 
 class IdentitySampler:
-    """Draws batches of P identities with K images each, without end.
+    """Draws batches of P identities with K images each, endlessly.
 
     Identities are taken from shuffled rounds in which each occurs once, and so are the images of each identity, so
     that all are seen. An identity with fewer than K images repeats some. Images with a negative label (outliers) are
@@ -33,7 +33,7 @@ class IdentitySampler:
             )
         members = members[np.argsort(labels[members], kind="stable")]
         _, starts = np.unique(labels[members], return_index=True)
-        self._images = np.split(members, starts[1:])
+        self._images = [images.tolist() for images in np.split(members, starts[1:])]
         self._identities = min(identities, len(self._images))
         self._instances = instances
         self._generator = generator
@@ -42,13 +42,11 @@ class IdentitySampler:
 
     def draw(self) -> Tensor:
         """Returns the next batch: [P * K] int64 indices, the K images of an identity side by side."""
-        identities = self._take(self._identity_queue, len(self._images), self._identities)
-        return torch.tensor([image for identity in identities for image in self._draw_images(identity)])
-
-    def _draw_images(self, identity: int) -> list[int]:
-        images = self._images[identity]
-        chosen = self._take(self._image_queues[identity], len(images), self._instances)
-        return [int(images[i]) for i in chosen]
+        batch: list[int] = []
+        for identity in self._take(self._identity_queue, len(self._images), self._identities):
+            images = self._images[identity]
+            batch += [images[i] for i in self._take(self._image_queues[identity], len(images), self._instances)]
+        return torch.tensor(batch)
 
     def _take(self, queue: list[int], members: int, count: int) -> list[int]:
         """Removes and returns the first `count` of a queue, which shuffled rounds of range(members) refill."""

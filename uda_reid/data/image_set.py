@@ -1,4 +1,4 @@
-"""Batches of decoded images: augmented for training, plain for statistics and features, or decoded on the way."""
+"""Batches of decoded images: augmented for training, plain for statistics and features, or decoded on the fly."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class ImageSet:
 def stream_batches(
     paths: Sequence[Path], camera_indices: Tensor, settings: ImageSettings, size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images in order, decoding them on the way, for a single pass over a set that need not be kept.
+    """Yields images in order, decoded on the fly, for a single pass over a set that need not be kept.
 
     Images are decoded in blocks of BLOCK, and no batch crosses from one block to the next.
 

@@ -75,10 +75,10 @@ def read_market1501(folder: Path, name: str, *, labelled_train: bool) -> ReIDDat
 
 def _read_test(folder: Path) -> tuple[TestSplit | None, str]:
     for split in (QUERY, GALLERY):
-        if not (folder / split).is_dir() or not image_files(folder / split):
+        files = image_files(folder / split) if (folder / split).is_dir() else []
+        if not files:
             return None, f"{folder} has no test split ({split}/ is missing or empty), so no accuracy can be reported."
-    for split in (QUERY, GALLERY):
-        if not any(_LABELLED.search(path.name) for path in image_files(folder / split)):
+        if not any(_LABELLED.search(path.name) for path in files):
             return None, f"{folder / split} has no identities in its file names, so no accuracy can be reported."
     query = read_split(folder / QUERY, labelled=True)
     gallery = read_split(folder / GALLERY, labelled=True)

@@ -45,15 +45,12 @@ class IBN(nn.Module):
 
 
 def resnet50_ibn(weights: str = "none", options: Mapping[str, Any] | None = None) -> Any:
-    """Returns timm's ResNet-50 whose bottlenecks in stages 1 to 3 (Conv2_x to Conv4_x) start with an IBN.
+    """Returns timm's ResNet-50, without classifier, with IBN in the bottlenecks of stages 1 to 3 (Conv2_x to Conv4_x).
 
     Args:
         weights: "none" or the path of a file whose keys are those of the published ResNet50-IBN-a, such as
             `layer1.0.bn1.IN.weight`.
         options: passed to timm.create_model, for smaller networks (`layers`, `channels`).
-
-    Returns:
-        The network, without classifier.
 
     Raises:
         UserError: the weights do not fit.
@@ -88,12 +85,8 @@ class SamIbn(nn.Module):
     Args:
         image_size: (H, W) of the input; the relative positions depend on it.
         weights: see `resnet50_ibn`; the attention layers have none and are initialized at random.
-        attention, eca, fusion: see above.
-        heads: of each attention layer.
         last_stride: 2 as in the paper (an 8x4 map of a 256x128 image) or 1.
-        stem_pool: False removes the pooling after Conv1_x, for small images.
-        pooling: name of the pooling layer, see `pooling.make_pooling`.
-        options: see `resnet50_ibn`.
+        attention, eca, fusion, heads, stem_pool, pooling, options: see `settings.SamIbnSettings`.
 
     Shape:
         one vector "cnn" [B, C] and one map [B, C, H / 32, W / 32] (rounded up), C = 2048 as published.
@@ -103,7 +96,6 @@ class SamIbn(nn.Module):
     """
 
     output_names = ("cnn",)
-    resnet: Any
 
     def __init__(
         self,
@@ -122,11 +114,12 @@ class SamIbn(nn.Module):
         super().__init__()
         self.image_size = image_size
         self.attention = attention
-        self.resnet = resnet50_ibn(weights, options)
+        self.resnet: Any = resnet50_ibn(weights, options)
         change_strides(self.resnet, "ResNet50-IBN-a", last_stride=last_stride, stem_pool=stem_pool)
         if attention:
             _replace_convolutions(self.resnet, image_size, heads, halvings=1 + stem_pool)
-        channels = _stage_channels(self.resnet)
+        stages = (self.resnet.layer1, self.resnet.layer2, self.resnet.layer3, self.resnet.layer4)
+        channels = (self.resnet.bn1.num_features, *(stage[-1].conv3.out_channels for stage in stages))
         self.eca = nn.ModuleList(EcaModule(width) if eca else nn.Identity() for width in channels)
         self.fusion = MultiLevelFusion(channels[2:], last_stride) if fusion else None
         self.pooling = make_pooling(pooling)
@@ -176,14 +169,8 @@ class MultiLevelFusion(nn.Module):
         return torch.relu(self.norm(self.mix(levels)))
 
 
-def _stage_channels(resnet: Any) -> tuple[int, ...]:
-    """Returns the channels of Conv1_x to Conv5_x: 64, 256, 512, 1024 and 2048 as published."""
-    stages = (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)
-    return (resnet.bn1.num_features, *(stage[-1].conv3.out_channels for stage in stages))
-
-
 def _replace_convolutions(resnet: Any, image_size: tuple[int, int], heads: int, halvings: int) -> None:
-    """Replaces the 3x3 convolutions of Conv4_x and Conv5_x by self-attention; before Conv2_x are `halvings` strides."""
+    """Replaces the 3x3 convolutions of Conv4_x and Conv5_x; `halvings` counts the strides before Conv2_x."""
     # Conv3_x halves the grid once more; every halving rounds up.
     cell = 2 ** (halvings + 1)
     grid = (-(-image_size[0] // cell), -(-image_size[1] // cell))

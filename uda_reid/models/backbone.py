@@ -48,7 +48,6 @@ class PlainCnn(nn.Module):
     https://arxiv.org/abs/1903.07071
 
     Args:
-        trunk: computes the map.
         pooling: name of the pooling layer, see `pooling.make_pooling`.
 
     Shape:

@@ -93,13 +93,12 @@ class GroupedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
-        images = len(input)
         if not self.training:
             return super().forward(input)
         if self.group == 0 and world_size() > 1:
             return self._over_processes(input)
         # A group of one image, which rounding would leave of an odd batch in pairs, has no variance.
-        groups = min(round(images / self.group), images // 2) if self.group else 1
+        groups = min(round(len(input) / self.group), len(input) // 2) if self.group else 1
         return self._over_groups(input, groups) if groups > 1 else super().forward(input)
 
     def extra_repr(self) -> str:

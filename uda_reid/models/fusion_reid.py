@@ -166,15 +166,9 @@ class FusionReID(nn.Module):
     released default.
 
     Args:
-        cnn: trunk of the convolutional branch.
-        transformer: trunk of the transformer branch.
-        width: D of the refined maps and query tokens.
-        layers: L, the number of stacked HTMs, up to 6; 0 leaves out the HTM and with it the two fused outputs.
-        heads: attention heads in every unit.
-        mlp_ratio: hidden width of every MLP over D.
-        shared_encoder, seu, mfu: see `HeterogenousTransmissionModule`.
+        cnn, transformer: trunks of the two branches.
         lru: False replaces each LRU by a linear projection to D. Its bias is trained: GeM is not linear in it.
-        lru_kernel: see `LRU`.
+        width, layers, heads, mlp_ratio, shared_encoder, lru_kernel, seu, mfu: see `settings.FusionSettings`.
 
     Shape:
         vectors "cnn" [B, C], "transformer" [B, D_t], and "cnn_query", "transformer_query", "cnn_fused",

@@ -167,7 +167,6 @@ class PartReIDModel(nn.Module):
     """Student or teacher: a re-identification model with an embedding for each part of its map.
 
     Args:
-        reid: computes the global embeddings and the maps.
         parts: horizontal stripes; 2 for upper and lower body, 0 for the global level alone.
 
     Attributes:
@@ -196,10 +195,6 @@ class PartReIDModel(nn.Module):
         return self.reid.retrieval_feature(output)
 
     def descriptor(self, output: PartOutput) -> Tensor:
-        """Returns global and local embeddings, each of length 1, concatenated and L2-normalized.
-
-        Returns:
-            [B, descriptor_size] float.
-        """
+        """Returns global and local embeddings, each of length 1, joined and normalized: [B, descriptor_size] float."""
         levels = [F.normalize(embedding) for embedding in (self.global_feature(output), *output.part_embeddings)]
         return F.normalize(torch.cat(levels, dim=1))

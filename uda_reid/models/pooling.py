@@ -52,10 +52,7 @@ POOLINGS: dict[str, type[nn.Module]] = {"gem": GeM, "avg": AveragePool, "avg+max
 
 
 def make_pooling(name: str) -> nn.Module:
-    """Returns a new pooling layer, [B, C, H, W] to [B, C].
-
-    Args:
-        name: "gem", "avg" or "avg+max".
+    """Returns a new pooling layer, "gem", "avg" or "avg+max": [B, C, H, W] to [B, C].
 
     Raises:
         UserError: there is no pooling of that name.

@@ -22,6 +22,7 @@ VIT_EXAMPLES = (
     "vit_base_patch16_224, deit_base_patch16_224, deit_base_distilled_patch16_224, deit3_base_patch16_224, "
     "vit_base_patch16_clip_224 or vit_small_patch14_reg4_dinov2"
 )
+CAMERA_SCALE = 3.0  # lambda of TransReID, the factor on the camera embedding
 # Set by the trunk itself, so an option must not contradict it.
 DECIDED = {
     "img_size", "num_classes", "global_pool", "output_stride", "in_chans", "class_token", "dynamic_img_size",
@@ -39,11 +40,9 @@ class CnnTrunk(nn.Module):
         in [B, 3, H, W] float, out [B, C, h, w] float.
     """
 
-    model: Any
-
     def __init__(self, model: nn.Module, channels: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.channels = channels
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,15 +77,12 @@ class VitTrunk(nn.Module):
         images [B, 3, H, W] float of the size that the trunk was built for; camera_ids [B] int64 or None.
     """
 
-    model: Any
-
-    def __init__(self, model: Any, image_size: tuple[int, int], cameras: int, camera_scale: float) -> None:
+    def __init__(self, model: Any, image_size: tuple[int, int], cameras: int) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.image_size = image_size
         self.channels: int = model.embed_dim
         self.grid: tuple[int, int] = model.patch_embed.grid_size
-        self.camera_scale = camera_scale
         self.camera_embedding = (
             nn.Parameter(trunc_normal_(torch.zeros(cameras, self.channels), std=0.02)) if cameras else None
         )
@@ -100,7 +96,7 @@ class VitTrunk(nn.Module):
             )
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         if self.camera_embedding is not None:
-            tokens = tokens + self.camera_scale * self._camera_tokens(self.camera_embedding, camera_ids)
+            tokens = tokens + CAMERA_SCALE * self._camera_tokens(self.camera_embedding, camera_ids)
         tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))
         patches = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
         return VitOutput(tokens[:, 0], patches)
@@ -129,9 +125,7 @@ def cnn_trunk(
     Args:
         name: timm's name, such as "resnet50".
         weights: "none" (random), "timm" (downloaded by timm) or the path of a file.
-        last_stride: 1 keeps the finer grid in the last stage (16x8 of a 256x128 image for a ResNet), 2 is the network
-            as published.
-        stem_pool: False removes the pooling after a ResNet's stem, for small images.
+        last_stride, stem_pool: see `change_strides`; with both as they are a ResNet's map of 256x128 pixels is 16x8.
         options: passed to timm.create_model.
 
     Raises:
@@ -160,7 +154,6 @@ def vit_trunk(
     patch_stride: int | None = None,
     weights: str = "none",
     cameras: int = 0,
-    camera_scale: float = 3.0,
     drop_path: float = 0.0,
     options: Mapping[str, Any] | None = None,
 ) -> VitTrunk:
@@ -176,7 +169,6 @@ def vit_trunk(
         weights: "none" (random), "timm" (downloaded by timm) or the path of a file; loaded at the size they were
             trained at, then the position embeddings are interpolated.
         cameras: number of cameras with an embedding of their own; 0 for no camera embedding.
-        camera_scale: factor on the camera embedding.
         drop_path: stochastic depth of the last block; it rises linearly from 0 at the first.
         options: passed to timm.create_model.
 
@@ -204,7 +196,7 @@ def vit_trunk(
         trunc_normal_(model.pos_embed, std=0.02)
     # Batch norms and distances between images do not change with a shift that all images share.
     model.norm.bias.requires_grad_(False)
-    return VitTrunk(model, image_size, cameras, camera_scale)
+    return VitTrunk(model, image_size, cameras)
 
 
 def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None) -> None:

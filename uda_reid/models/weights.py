@@ -1,4 +1,4 @@
-"""Weights from files, read without running any code in them, and the one comparison of state dicts."""
+"""Reads weights from files without running any code in them, and compares state dicts."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -60,8 +60,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, classifier: 
     """Loads every tensor except the classifier's into a model, or none at all.
 
     Args:
-        model: receives the weights.
-        state: tensors by key.
         classifier: names of the modules whose weights are ignored on both sides, such as ("fc",).
         source: name of the weights in an error.
 
@@ -85,8 +83,6 @@ def check_state_dict(
     """Compares two state dicts by the names and shapes of their tensors.
 
     Args:
-        stored: as read.
-        expected: as needed.
         what: completes "Expected the 12 tensors of ..." in the error, such as "the model in weights.pth".
         remedy: the last clause of the error, without a period.
         check_dtype: compare dtypes too.

@@ -7,7 +7,7 @@ from typing import IO, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 T = TypeVar("T")
@@ -124,10 +124,8 @@ class Reporter:
                 pairs = "  ".join(f"{label} {cell}" for label, cell in zip(METRICS.values(), cells, strict=True))
                 self.say(f"  {name}: {pairs}")
             return
-        table = Table(title=Text(title), title_justify="left")
-        table.add_column("")
-        for label in METRICS.values():
-            table.add_column(label, justify="right")
+        columns = [Column(label, justify="right") for label in METRICS.values()]
+        table = Table("", *columns, title=Text(title), title_justify="left")
         for name, cells in shown.items():
             table.add_row(Text(name), *cells, style="bold" if name == "gain" else None)
         self._console.print(table)
@@ -150,9 +148,7 @@ class Reporter:
             for row in [columns, *rows]:
                 self._console.file.write("\t".join(row) + "\n")  # the console would turn tabs into spaces
             return
-        table = Table()
-        for column in columns:
-            table.add_column(Text(column))
+        table = Table(*(Column(Text(column)) for column in columns))
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)

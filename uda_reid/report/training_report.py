@@ -1,4 +1,4 @@
-"""What a training loop prints and keeps of its epochs."""
+"""Prints the epochs of a training and keeps their figures."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -21,11 +21,7 @@ class TrainingReport:
         self._log = log
 
     def begin(self, columns: Mapping[str, int]) -> None:
-        """Prints the header of the table.
-
-        Args:
-            columns: title -> width in characters.
-        """
+        """Prints the header of the table (`Reporter.table_header`)."""
         self._reporter.table_header(columns)
 
     def epoch(self, cells: list[str], row: Mapping[str, Any]) -> None:

@@ -43,35 +43,26 @@ class Encoding(NamedTuple):
     one: int
 
 
-def core_size(k1: int) -> int:
-    """Returns h of equation 4, round(k1 / 2) + 1; halves round to even as in the released code."""
-    return round(k1 / 2) + 1
-
-
 def encode(
     similarities_of: PairSimilarities,
     neighbours: Neighbours,
     *,
-    h: int,
+    k1: int,
     k2: int,
     budget_bytes: int,
     exponent_scale: Tensor | None = None,
 ) -> Encoding:
-    """Returns V.
+    """Returns V, on the device of `neighbours`.
 
     Args:
-        similarities_of: returns the cosines of pairs.
-        neighbours: N(i, k1) of all N points, k1 columns.
-        h: columns of the smaller reciprocal sets (`core_size`), clipped to k1.
-        k2: rows averaged, clipped to k1; 1 leaves V as it is.
+        neighbours: of all N points; R(i, k1) is taken among all their columns.
+        k1: decides h, which is clipped to the columns; halves round to even, as in the released code.
+        k2: rows averaged, clipped to the columns; 1 leaves V as it is.
         budget_bytes: for the temporary arrays of one block of rows.
         exponent_scale: [N] float32, the factor of d in row i; one by default.
-
-    Returns:
-        The encoding, on the device of `neighbours`.
     """
-    n, k1 = neighbours.indices.shape
-    h, k2 = min(h, k1), min(k2, k1)
+    n, columns = neighbours.indices.shape
+    h, k2 = min(round(k1 / 2) + 1, columns), min(k2, columns)
     reciprocal, core = _reciprocal_sets(neighbours.indices, h, budget_bytes)
     rows, slots = (reciprocal >= 0).nonzero(as_tuple=True)
     joined = _joined_pairs(reciprocal, core, budget_bytes)

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.encoding import Encoding, PairSimilarities, core_size, encode
+from uda_reid.retrieval.encoding import Encoding, PairSimilarities, encode
 from uda_reid.retrieval.neighbours import Neighbours
-from uda_reid.retrieval.search.blockwise import OnProgress, default_budget
-from uda_reid.retrieval.search.sparse import (
-    SumTable,
-    expand_spans,
-    row_blocks,
-    row_pointers,
-    start_offsets,
-    transpose,
-)
+from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore
+from uda_reid.retrieval.search.sparse import SumTable, expand_spans, row_blocks, row_pointers, start_offsets, transpose
 
 
 class SparseGraph(NamedTuple):
@@ -55,9 +48,9 @@ def jaccard_graph(
     k2: int = 6,
     eps: float = 0.6,
     budget_bytes: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = ignore,
 ) -> SparseGraph:
-    """Returns every pair at most eps apart and its distance.
+    """Returns every pair at most eps apart and its distance, on the device of `neighbours`.
 
     Args:
         similarities_of: returns the cosines of pairs of points; `partial(pair_similarities, rows, rows)` for
@@ -68,9 +61,6 @@ def jaccard_graph(
         eps: largest distance held, 0 < eps < 1 (at one, every pair would be).
         budget_bytes: for temporary arrays; `blockwise.default_budget` by default.
         on_progress: receives the fraction done.
-
-    Returns:
-        The graph, on the device of `neighbours`.
 
     Raises:
         UserError: a setting is out of range, or `neighbours` has too few columns.
@@ -85,7 +75,7 @@ def jaccard_graph(
     lists = Neighbours(*(part[:, :k1] for part in neighbours))
     budget = default_budget(lists.indices.device) if budget_bytes is None else budget_bytes
     order = _locality_order(lists.indices)
-    encoding = encode(*_renumbered(similarities_of, lists, order), h=core_size(k1), k2=k2, budget_bytes=budget)
+    encoding = encode(*_renumbered(similarities_of, lists, order), k1=k1, k2=k2, budget_bytes=budget)
 
     i, j, distances = (torch.cat(parts) for parts in zip(*_near_pairs(encoding, eps, budget, on_progress), strict=True))
     i, j = order[i], order[j]
@@ -94,7 +84,7 @@ def jaccard_graph(
 
 
 def _near_pairs(
-    encoding: Encoding, eps: float, budget_bytes: int, on_progress: OnProgress | None
+    encoding: Encoding, eps: float, budget_bytes: int, on_progress: OnProgress
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields the pairs i < j at most eps apart, as (i, j, d_ij), block of rows by block.
 
@@ -123,8 +113,7 @@ def _near_pairs(
         keep = distance <= eps
         near = near[keep]
         yield near // n + start, near % n, distance[keep].to(torch.float32)
-        if on_progress is not None:
-            on_progress(stop / n)
+        on_progress(stop / n)
 
 
 def _locality_order(indices: Tensor) -> Tensor:

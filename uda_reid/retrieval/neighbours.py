@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uda_reid.errors import UserError
 from uda_reid.retrieval.search import faiss_search
-from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, search_rows
+from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore, search_rows
 from uda_reid.retrieval.search.float32_matmul import float32_matmul
 from uda_reid.retrieval.search.similarity import RankingKeys
 from uda_reid.retrieval.search.symmetric import search_symmetric
@@ -37,8 +37,8 @@ def nearest_neighbours(
     *,
     backend: str = "auto",
     budget_bytes: int | None = None,
-    on_progress: OnProgress | None = None,
-    on_recall: Callable[[float], None] | None = None,
+    on_progress: OnProgress = ignore,
+    on_recall: Callable[[float], None] = ignore,
 ) -> Neighbours:
     """Returns the k most similar rows of each row.
 
@@ -68,8 +68,7 @@ def nearest_neighbours(
     budget = default_budget(device) if budget_bytes is None else budget_bytes
     if backend == "ivf":
         found, recall = faiss_search.search_inverted(rows, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
-        if on_recall is not None:
-            on_recall(recall)
+        on_recall(recall)
     elif backend == "faiss":
         found = faiss_search.search_flat(rows, k, keys=keys, budget_bytes=budget, on_progress=on_progress)
     elif device.type == "cpu":

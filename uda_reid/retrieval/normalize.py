@@ -1,4 +1,4 @@
-"""The one check of features that come from outside, and their scaling to unit length."""
+"""Checks features that come from outside and scales them to unit length."""
 
 import torch
 from torch import Tensor

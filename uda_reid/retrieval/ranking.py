@@ -63,12 +63,9 @@ def evaluate_ranking(
     Identity 0 is a distractor: it matches no query, not even one of identity 0. Ties are ordered by gallery index.
 
     Args:
-        query_features: [Q, D] float, of any row norm.
-        query_person_ids: [Q] int.
-        query_camera_ids: [Q] int.
-        gallery_features: [G, D] float.
-        gallery_person_ids: [G] int.
-        gallery_camera_ids: [G] int.
+        query_features, gallery_features: [Q, D] and [G, D] float, of any row norm.
+        query_person_ids, query_camera_ids: [Q] int.
+        gallery_person_ids, gallery_camera_ids: [G] int.
         chunk: queries ranked at a time; memory grows with chunk x G, not with Q x G.
         distances: distances to rank by instead (`reranking.rerank`); the features are then not read.
 
@@ -88,7 +85,7 @@ def evaluate_ranking(
         same = people[:, None] == gallery_people
         ignored = (same & (cameras[:, None] == gallery_cameras)) | (gallery_people == JUNK)
         match = same & ~ignored & (gallery_people != DISTRACTOR)
-        scores.append(score_rows(distance, match, ignored).cpu())
+        scores.append(_score_rows(distance, match, ignored).cpu())
     scored = torch.cat(scores)
     counted = scored[~scored[:, 0].isnan()]
     if len(counted) == 0:
@@ -102,17 +99,8 @@ def evaluate_ranking(
     )
 
 
-def score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
-    """Returns the scores of each query by itself.
-
-    Args:
-        distance: [Q, G] float.
-        match: [Q, G] bool.
-        ignored: [Q, G] bool, never together with `match`.
-
-    Returns:
-        [Q, 5] float64 in 0..1: average precision, a match within 1, 5, 10, inverse penalty; NaN without a match.
-    """
+def _score_rows(distance: Tensor, match: Tensor, ignored: Tensor) -> Tensor:
+    """Returns [Q, 5] float64: average precision, a match within 1, 5, 10, inverse penalty; NaN without a match."""
     order = distance.argsort(dim=1, stable=True)
     hit = match.gather(1, order)
     rank = (~ignored.gather(1, order)).cumsum(dim=1).to(torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.encoding import Encoding, core_size, encode
+from uda_reid.retrieval.encoding import Encoding, encode
 from uda_reid.retrieval.neighbours import nearest_neighbours
 from uda_reid.retrieval.normalize import normalize
 from uda_reid.retrieval.search.blockwise import default_budget
@@ -82,7 +82,6 @@ def rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
-    backend: str = "auto",
     budget_bytes: int | None = None,
 ) -> RerankedDistances:
     """Returns the re-ranked distances of the authors' code, without ever holding a dense matrix.
@@ -100,7 +99,6 @@ def rerank(
         k1: neighbors beside the point itself.
         k2: rows averaged, 1..k1.
         lambda_value: weight of the original distance, 0..1.
-        backend: of the neighbor search (`neighbours.choose_backend`).
         budget_bytes: for temporary arrays; `blockwise.default_budget` by default.
 
     Returns:
@@ -118,8 +116,8 @@ def rerank(
     largest = _largest_squares(bank, budget)
     encoding = encode(
         partial(pair_similarities, bank, bank),
-        nearest_neighbours(bank, k1 + 1, backend=backend, budget_bytes=budget),
-        h=core_size(k1),
+        nearest_neighbours(bank, k1 + 1, budget_bytes=budget),
+        k1=k1,
         k2=k2,
         budget_bytes=budget,
         exponent_scale=1 / largest,

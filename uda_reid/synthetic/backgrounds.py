@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from uda_reid.synthetic.person import Colour
-from uda_reid.synthetic.props import PROPS, Draw, disc, vary
+from uda_reid.synthetic.person import Colour, vary
+from uda_reid.synthetic.props import PROPS, Draw, disc
 
 SCENE_WIDTH, SCENE_HEIGHT = 960, 460
+HORIZON, SKY = 0.3, (200, 212, 224)  # row of the horizon as a fraction of the picture's height, and colour above it
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,6 @@ class Scenery:
         wall: "facade", "brick", "glass", "tiles" or "hedge".
         props: keys of PROPS.
         eye: height of the camera in body heights.
-        horizon: row of the horizon as a fraction of the picture's height.
     """
 
     ground: Colour
@@ -31,8 +31,6 @@ class Scenery:
     wall_accent: Colour
     props: tuple[str, ...]
     eye: float = 1.2
-    horizon: float = 0.3
-    sky: Colour = (200, 212, 224)
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Scene:
 
 def draw_scene(scenery: Scenery, rng: np.random.Generator) -> Scene:
     """Draws a scene; generators with different seeds give different scenes of the same kind."""
-    horizon = scenery.horizon * SCENE_HEIGHT
-    image = Image.new("RGB", (SCENE_WIDTH, SCENE_HEIGHT), scenery.sky)
+    horizon = HORIZON * SCENE_HEIGHT
+    image = Image.new("RGB", (SCENE_WIDTH, SCENE_HEIGHT), SKY)
     draw = ImageDraw.Draw(image)
     foot = horizon + rng.uniform(0.16, 0.24) * SCENE_HEIGHT  # where the wall meets the ground
     _wall(draw, scenery, foot, rng)

@@ -13,19 +13,16 @@ from uda_reid.synthetic.photograph import photograph
 GAP, MARGIN, TITLE = 3, 14, 34
 
 
-def contact_sheet(
-    domains: Iterable[str | Domain], out: Path, *, identities: int = 4, seed: int = 0, quality: int = 82
-) -> Path:
+def contact_sheet(domains: Iterable[str | Domain], out: Path, *, identities: int = 4, seed: int = 0) -> Path:
     """Writes a picture with a block for each domain, one row per person and one column per camera; returns `out`.
 
     Args:
         out: the picture; its suffix decides the format.
-        quality: of a JPEG.
 
     Raises:
         UserError: there is no domain of that name.
     """
-    chosen = [domain_named(domain) if isinstance(domain, str) else domain for domain in domains]
+    chosen = [domain_named(domain) for domain in domains]
     widths = [len(domain.cameras) * (WIDTH + GAP) - GAP for domain in chosen]
     size = (sum(widths) + MARGIN * (len(chosen) + 1), TITLE + identities * (HEIGHT + GAP) - GAP + MARGIN)
     sheet = Image.new("RGB", size, "white")
@@ -39,7 +36,7 @@ def contact_sheet(
                 sheet.paste(image, (left + column * (WIDTH + GAP), TITLE + row * (HEIGHT + GAP)))
         left += width + MARGIN
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out, quality=quality)
+    sheet.save(out, quality=82)
     return out
 
 

@@ -167,12 +167,14 @@ CAMPUS = Domain(
 DOMAINS: Mapping[str, Domain] = MappingProxyType({domain.name: domain for domain in (PLAZA, STATION, CAMPUS)})
 
 
-def domain_named(name: str) -> Domain:
-    """Returns the domain of a name.
+def domain_named(name: str | Domain) -> Domain:
+    """Returns the domain of a name, and a domain as it is.
 
     Raises:
         UserError: there is none; the message suggests the nearest name.
     """
+    if isinstance(name, Domain):
+        return name
     if name in DOMAINS:
         return DOMAINS[name]
     near = get_close_matches(name, DOMAINS, n=1, cutoff=0.0)[0]

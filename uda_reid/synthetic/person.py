@@ -95,12 +95,18 @@ def pick(rng: np.random.Generator, choices: Weights) -> str:
     return choices[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))][0]
 
 
-def pick_colour(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float) -> Colour:
-    """Draws a palette entry and adds noise to its brightness and, less, to each channel."""
-    base = np.array(palette[int(rng.integers(len(palette)))], dtype=np.float64)
-    moved = np.clip(base + rng.normal(0.0, spread) + rng.normal(0.0, 0.6 * spread, 3), 8, 250)
-    red, green, blue = (int(value) for value in moved)
+def vary(
+    colour: Colour, rng: np.random.Generator, spread: float, hue: float = 0.35, low: int = 0, high: int = 255
+) -> Colour:
+    """Adds noise to the brightness of a colour and, by the factor `hue`, to each channel."""
+    moved = np.array(colour) + rng.normal(0, spread) + rng.normal(0, hue * spread, 3)
+    red, green, blue = (int(value) for value in np.clip(moved, low, high))
     return red, green, blue
+
+
+def pick_colour(rng: np.random.Generator, palette: tuple[Colour, ...], spread: float) -> Colour:
+    """Draws a palette entry and varies it, without black and white."""
+    return vary(palette[int(rng.integers(len(palette)))], rng, spread, hue=0.6, low=8, high=250)
 
 
 LONG_HAIR = weights(long=4, ponytail=3, bun=2, bob=2)

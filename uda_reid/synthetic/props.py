@@ -5,18 +5,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import ImageDraw
 
-from uda_reid.synthetic.person import Colour
+from uda_reid.synthetic.person import Colour, vary
 
 Draw = ImageDraw.ImageDraw
 EDGE = 10_000  # a column past the right edge of any picture
 CAR_PAINTS: tuple[Colour, ...] = ((178, 40, 44), (222, 222, 224), (44, 58, 92), (96, 100, 104))
-
-
-def vary(colour: Colour, rng: np.random.Generator, spread: float) -> Colour:
-    """Adds noise to a colour, mostly to its brightness and less to its hue."""
-    moved = np.array(colour) + rng.normal(0, spread) + rng.normal(0, 0.35 * spread, 3)
-    red, green, blue = (int(value) for value in np.clip(moved, 0, 255))
-    return red, green, blue
 
 
 def disc(draw: Draw, x: float, y: float, radius: float, colour: Colour) -> None:

@@ -102,8 +102,7 @@ def write_domain(
     Raises:
         UserError: a number is out of range, the domain is unknown, or `out` is not empty.
     """
-    if isinstance(domain, str):
-        domain = domain_named(domain)
+    domain = domain_named(domain)
     train = domain.train_identities if train_identities is None else train_identities
     test = domain.test_identities if test_identities is None else test_identities
     if min(train, test) < 2 or train + test > 9999:

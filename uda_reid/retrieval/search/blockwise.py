@@ -14,6 +14,10 @@ OnProgress = Callable[[float], None]
 _FIRST_STRIP, _GROWTH = 4096, 8
 
 
+def ignore(fraction: float) -> None:
+    """Receives progress that nobody follows."""
+
+
 def default_budget(device: torch.device) -> int:
     """Returns the bytes for temporary arrays: what fits the caches of a CPU, or an eighth of a GPU up to 4 GiB."""
     if device.type != "cuda":
@@ -30,7 +34,7 @@ def search_rows(
     keys: RankingKeys,
     first_column: int = 0,
     budget_bytes: int,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
     """Returns the k nearest rows of `right` for every row of `left`.
 
@@ -76,6 +80,5 @@ def search_rows(
         found[start : start + step] = candidates.rank(
             block, right, row_ids[start : start + step], keys, first_column, budget_bytes
         )
-        if on_progress is not None:
-            on_progress(min(1.0, (start + step) / len(left)))
+        on_progress(min(1.0, (start + step) / len(left)))
     return found

@@ -107,16 +107,7 @@ class Candidates:
     ) -> Tensor:
         """Returns the exact k best of every row; the candidates are gone afterwards.
 
-        Args:
-            left: [R, D] float32, L2-normalized.
-            right: [W, D] float32, L2-normalized: columns first_column..first_column+W-1 of the bank.
-            row_ids: [R] int64, which rows of the bank `left` are.
-            keys: of the bank.
-            first_column: see `right`.
-            budget_bytes: for blocks of crowded rows.
-
-        Returns:
-            [R, k] int64 keys, falling.
+        Arguments and result are those of `blockwise.search_rows`, for R rows.
         """
         self.refresh()
         row, column, _ = self.found.pop()

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.search.blockwise import OnProgress, search_rows
+from uda_reid.retrieval.search.blockwise import OnProgress, ignore, search_rows
 from uda_reid.retrieval.search.candidates import search_margin
 from uda_reid.retrieval.search.similarity import RankingKeys, pair_similarities
 
 # Neighbors requested beyond k, among which a tie at the k-th is seen.
 _EXTRA = 8
 _RECALL_ROWS = 1000
+_SEED = 0  # of the lists' centers and of the sample on which recall is measured
 
 
 def is_installed() -> bool:
@@ -26,16 +27,13 @@ def is_installed() -> bool:
 
 
 def search_flat(
-    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress | None = None
+    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress = ignore
 ) -> Tensor:
     """Returns the k nearest rows of every row, exactly: rows that end in a tie in faiss's answer are searched again.
 
     Args:
         bank: [N, D] float32, L2-normalized.
-        k: 1..N.
-        keys: of the bank.
-        budget_bytes: for a block of rows.
-        on_progress: receives the fraction done.
+        k, keys, budget_bytes, on_progress: see `search_symmetric`.
 
     Returns:
         [N, k] int64 keys, falling (`RankingKeys.decode`), on the device of `bank`.
@@ -45,12 +43,11 @@ def search_flat(
     index = _on_device(faiss.IndexFlatIP(bank.shape[1]), bank.device)
     index.add(bank.cpu().numpy())
     requested = min(len(bank), k + _EXTRA)
-    found, open_rows = _search(index, bank, k, requested, keys, budget_bytes, on_progress)
-    return _search_again(found, open_rows, bank, k, keys, budget_bytes)
+    return _search(index, bank, k, requested, keys, budget_bytes, on_progress)
 
 
 def search_inverted(
-    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, seed: int = 0, on_progress: OnProgress | None = None
+    bank: Tensor, k: int, *, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress = ignore
 ) -> tuple[Tensor, float]:
     """Returns most of the k nearest rows of every row, from the lists nearest to it, and the measured recall.
 
@@ -58,11 +55,7 @@ def search_inverted(
 
     Args:
         bank: [N, D] float32, L2-normalized.
-        k: 1..N.
-        keys: of the bank.
-        budget_bytes: for a block of rows.
-        seed: of the lists' centers and of the sample on which recall is measured.
-        on_progress: receives the fraction done.
+        k, keys, budget_bytes, on_progress: see `search_symmetric`.
 
     Returns:
         keys [N, k] int64, falling, and recall in 0..1 against the exact neighbors of up to a thousand rows.
@@ -77,15 +70,14 @@ def search_inverted(
     # A GPU index takes over nprobe from the CPU index, but not the settings of its clustering.
     cpu_index.nprobe = min(lists, max(16, lists // 8))
     index = _on_device(cpu_index, bank.device)
-    index.cp.seed = seed + 1
+    index.cp.seed = _SEED + 1
     index.cp.min_points_per_centroid = 1
-    index.train(rows[torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: 64 * lists].numpy()])
+    index.train(rows[torch.randperm(n, generator=torch.Generator().manual_seed(_SEED))[: 64 * lists].numpy()])
     index.add(rows)
-    found, open_rows = _search(index, bank, k, k, keys, budget_bytes, on_progress)
     # Only rows whose lists held too few are searched again; ties at the end are within what recall allows.
-    found = _search_again(found, open_rows, bank, k, keys, budget_bytes)
+    found = _search(index, bank, k, k, keys, budget_bytes, on_progress)
 
-    sample = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:_RECALL_ROWS].sort().values
+    sample = torch.randperm(n, generator=torch.Generator().manual_seed(_SEED))[:_RECALL_ROWS].sort().values
     sample = sample.to(bank.device)
     exact = search_rows(bank[sample], bank, sample, k, keys=keys, budget_bytes=budget_bytes)
     hits = (exact[:, :, None] == found[sample][:, None, :]).any(dim=2)
@@ -101,15 +93,9 @@ def _on_device(index: Any, device: torch.device) -> Any:
 
 
 def _search(
-    index: Any,
-    bank: Tensor,
-    k: int,
-    requested: int,
-    keys: RankingKeys,
-    budget_bytes: int,
-    on_progress: OnProgress | None,
-) -> tuple[Tensor, Tensor]:
-    """Returns the keys of the best k of what an index finds, and the rows [R] for which it may not have found all."""
+    index: Any, bank: Tensor, k: int, requested: int, keys: RankingKeys, budget_bytes: int, on_progress: OnProgress
+) -> Tensor:
+    """Returns the keys of the best k that an index finds; rows for which it may have missed some are searched again."""
     n = len(bank)
     margin = search_margin(bank, bank)
     found = torch.empty(n, k, dtype=torch.int64, device=bank.device)
@@ -134,12 +120,8 @@ def _search(
         key = keys.encode(fixed, columns, row_ids[rows] == columns).view(len(block), requested)
         found[start : start + step] = key.topk(k, dim=1).values
         open_rows.append(row_ids[tied | short])
-        if on_progress is not None:
-            on_progress(min(1.0, (start + step) / n))
-    return found, torch.cat(open_rows)
-
-
-def _search_again(found: Tensor, rows: Tensor, bank: Tensor, k: int, keys: RankingKeys, budget_bytes: int) -> Tensor:
+        on_progress(min(1.0, (start + step) / n))
+    rows = torch.cat(open_rows)
     if len(rows):
         found[rows] = search_rows(bank[rows], bank, rows, k, keys=keys, budget_bytes=budget_bytes)
     return found

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uda_reid.distributed import all_gather, rank, world_size
-from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, search_rows
+from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore, search_rows
 from uda_reid.retrieval.search.float32_matmul import float32_matmul
 from uda_reid.retrieval.search.similarity import RankingKeys, pair_similarities
 
@@ -34,7 +34,7 @@ class ShardedBank:
         self.budget_bytes = default_budget(rows.device) if budget_bytes is None else budget_bytes
 
     @float32_matmul()
-    def search(self, k: int, *, on_progress: OnProgress | None = None) -> tuple[Tensor, Tensor]:
+    def search(self, k: int, *, on_progress: OnProgress = ignore) -> tuple[Tensor, Tensor]:
         """Returns the k nearest rows of every row of the whole bank, the same on every process.
 
         Args:
@@ -60,19 +60,13 @@ class ShardedBank:
             )
             merged = torch.cat([best, found], dim=1)
             best = merged.topk(min(k, merged.shape[1]), dim=1).values
-            if on_progress is not None:
-                on_progress((visit + 1) / world_size())
+            on_progress((visit + 1) / world_size())
         return keys.decode(all_gather(best, self.counts))
 
     def pair_similarities(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns the cosines of pairs of rows of the whole bank; every process passes the same pairs and gets all.
 
-        Args:
-            rows: [P] int64, ascending.
-            columns: [P] int64.
-
-        Returns:
-            [P] int64, in units of 2^-40.
+        Shapes and units are those of `similarity.pair_similarities`.
         """
         ends = torch.tensor(self.counts, device=rows.device).cumsum(0)
         pairs = torch.searchsorted(rows, ends).diff(prepend=ends.new_zeros(1)).tolist()
@@ -87,7 +81,7 @@ class ShardedBank:
     def _visiting_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yields every process's rows, this one's first: the block's first row in the bank and the block [n, D].
 
-        The next block is on its way while the caller works on this one.
+        The next block is transferred while the caller works on this one.
         """
         block, size = self.rows, world_size()
         for step in range(size):

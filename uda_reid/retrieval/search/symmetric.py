@@ -8,7 +8,7 @@ few products above it are read (`candidates`).
 import torch
 from torch import Tensor
 
-from uda_reid.retrieval.search.blockwise import OnProgress
+from uda_reid.retrieval.search.blockwise import OnProgress, ignore
 from uda_reid.retrieval.search.candidates import Candidates, search_margin
 from uda_reid.retrieval.search.similarity import RankingKeys
 
@@ -26,7 +26,7 @@ def search_symmetric(
     keys: RankingKeys,
     budget_bytes: int,
     dtype: torch.dtype | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
     """Returns the k nearest rows of every row of a bank.
 
@@ -66,9 +66,8 @@ def search_symmetric(
                 candidates[i].add(product, j * step, transposed=True)
         rows = slice(first, first + len(strip))
         found[rows] = candidates[i].rank(strip, bank, row_ids[rows], keys, 0, budget_bytes)
-        if on_progress is not None:
-            left = 1 - (i + 1) / len(blocks)
-            on_progress(1 - left * left)
+        left = 1 - (i + 1) / len(blocks)
+        on_progress(1 - left * left)
     return found
 
 

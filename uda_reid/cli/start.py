@@ -1,8 +1,10 @@
-"""Finds the folders of earlier runs and opens that of a new one."""
+"""How a command starts: it joins the processes, finds the runs before it, and opens the folder of its own."""
 
 import json
 import re
+import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -13,6 +15,19 @@ from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import CHECKPOINT, SUMMARY, RunLog
 
 RUNS = Path("runs")
+
+
+def join_processes(device: str, *, stderr: bool = False) -> tuple[torch.device, Reporter]:
+    """Joins the processes that torchrun started, if it did; returns the device and the reporter of this one.
+
+    Args:
+        device: value of --device, see `distributed.init_device`.
+        stderr: print to stderr, for a command whose result goes to stdout. Only the main process prints.
+    """
+    joined = distributed.init_device(device)
+    if not distributed.is_main():
+        return joined, Reporter(StringIO())
+    return joined, Reporter(sys.stderr if stderr else None)
 
 
 def find_checkpoint(given: Path | None, commands: tuple[str, ...]) -> Path:
@@ -26,17 +41,14 @@ def find_checkpoint(given: Path | None, commands: tuple[str, ...]) -> Path:
     """
     if given is not None:
         return given / CHECKPOINT if given.is_dir() else given
-    found = []
-    for summary in [*RUNS.glob(f"*/{SUMMARY}"), *RUNS.glob(f"*/*/{SUMMARY}")]:
-        checkpoint = summary.parent / CHECKPOINT
-        if checkpoint.is_file() and _command_of(summary) in commands:
-            found.append((summary.stat().st_mtime_ns, checkpoint))
+    summaries = [*RUNS.glob(f"*/{SUMMARY}"), *RUNS.glob(f"*/*/{SUMMARY}")]
+    found = [path for path in summaries if (path.parent / CHECKPOINT).is_file() and _command_of(path) in commands]
     if not found:
         raise UserError(
             f"Found no finished run of {' or '.join(commands)} under {RUNS}/; run `cli.py pretrain --source plaza` "
             "first, or name a run's folder or checkpoint."
         )
-    return max(found)[1]
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent / CHECKPOINT
 
 
 def _command_of(summary: Path) -> str | None:

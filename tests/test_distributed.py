@@ -98,7 +98,9 @@ def work() -> dict[str, Any]:
     return found
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def processes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_in_processes(work, request.param)
 

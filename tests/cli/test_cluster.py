@@ -73,6 +73,7 @@ def test_name_of_the_labels_is_kept(features: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "labels").shape == (108,)
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun(features: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "cli.py"), "cluster", str(features), "--out", str(tmp_path / "two.npy"), "--device", "cpu"]

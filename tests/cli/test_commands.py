@@ -25,6 +25,7 @@ def test_pretrain_leaves_recipe_metrics_summary_and_checkpoint(pretrained: Path)
     assert read_checkpoint(pretrained / "checkpoint.safetensors").metadata["kind"] == "pretrain"
 
 
+@pytest.mark.slow
 def test_adapt_takes_the_newest_pretraining_and_says_so(invoke: Invoke) -> None:
     for number in (1, 2):
         made = invoke("pretrain", "--source", "plaza", "--seed", number, *settings())
@@ -52,6 +53,7 @@ def test_evaluate_repeats_what_pretrain_measured(invoke: Invoke, pretrained: Pat
     assert {key: measured[key] for key in METRICS} == summary(pretrained)["test"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_evaluate_repeats_what_adapt_measured(precision: str, invoke: Invoke, pretrained: Path) -> None:
     chosen = [*settings("adapt"), "--set", f"training.precision={precision}"]
@@ -95,6 +97,7 @@ def test_demo_pretrains_and_adapts(invoke: Invoke) -> None:
     assert content["adapted"] == summary(Path("out/adapt"))["after"]
 
 
+@pytest.mark.slow
 def test_synth_writes_a_folder_that_can_be_a_source(invoke: Invoke) -> None:
     made = invoke("synth", "campus", "--out", "crops", "--identities", 6, "--seed", 3)
     assert made.exit_code == 0, made.output
@@ -129,6 +132,7 @@ def without_seconds(content: object) -> object:
     return content
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_summaries(invoke: Invoke) -> None:
     for out in ("first", "second"):
         assert invoke("demo", "--out", out, "--device", "cpu", *settings()).exit_code == 0

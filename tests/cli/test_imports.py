@@ -35,6 +35,7 @@ def test_help_and_recipes_answer_without_torch(arguments: str) -> None:
     assert not heavy & modules_imported_by(*arguments.split())
 
 
+@pytest.mark.slow
 def test_cluster_and_score_import_no_networks(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
     np.save(tmp_path / "features.npy", rows)

@@ -57,6 +57,7 @@ def test_sizes(n: int, k1: int, k2: int, dense_jaccard: Dense, bank_of_people: B
             assert n < 500 or eps < 0.6 or clusters > 1, "the bank should have clusters, or this test shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k1", "k2"), [(30, 6), (20, 4)])
 def test_three_thousand(k1: int, k2: int, dense_jaccard: Dense, bank_of_people: Bank) -> None:
     features = bank_of_people(3000, seed=11)

@@ -23,6 +23,8 @@ from uda_reid.retrieval.normalize import normalize, normalize_shard
 from uda_reid.retrieval.search.ring import ShardedBank
 from uda_reid.settings import ClusterSettings
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = ClusterSettings(k1=12, k2=4, eps=0.7, clusters=9)
 KMEANS = replace(SETTINGS, method="kmeans")
 REFUSED = {"row": SETTINGS, "clusters": replace(KMEANS, clusters=10), "backend": replace(SETTINGS, backend="faiss")}

@@ -13,6 +13,8 @@ from uda_reid.data.image_store import ImageStore, choose_storage, decode, load_i
 from uda_reid.errors import UserError
 from uda_reid.settings import ImageSettings
 
+pytestmark = pytest.mark.slow
+
 SMALL = ImageSettings(height=24, width=12)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30

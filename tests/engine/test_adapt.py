@@ -65,6 +65,7 @@ def test_shuffling_the_target_identities_changes_no_weight(
     assert differing(*results) == []
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     tiny_target: ImageSet, tiny_recipe: Recipe
 ) -> None:
@@ -103,6 +104,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_trainable_parameter_moves_under_every_switch(
     switch: str, tiny_target: ImageSet, tiny_recipe: Recipe

@@ -49,6 +49,7 @@ def test_every_trainable_parameter_moves(
     assert [row["skipped"] for row in rows] == [0, 0]
 
 
+@pytest.mark.slow
 def test_losses_fall(tiny_source: Source, tiny_recipe: Recipe) -> None:
     still = [f"pretrain.augment.{name}=0" for name in ("erase", "flip", "pad")]
     recipe = varied(tiny_recipe, "pretrain.epochs=25", "pretrain.optim.learning_rate=5e-3", *still)
@@ -57,6 +58,7 @@ def test_losses_fall(tiny_source: Source, tiny_recipe: Recipe) -> None:
     assert rows[-1]["triplet"] < 0.9 * rows[0]["triplet"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(tiny_source: Source, tiny_recipe: Recipe) -> None:
     first, second = (weights_of(train(tiny_recipe, tiny_source)[0]) for _ in range(2))
     assert differing(first, second) == []

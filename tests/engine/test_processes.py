@@ -17,6 +17,8 @@ from uda_reid.errors import UserError
 from uda_reid.models.batch_norm import set_batch_norm_group
 from uda_reid.settings import AdaptSettings, AugmentSettings, OptimSettings
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SETTINGS = AdaptSettings(identities=3, instances=3, augment=AugmentSettings(pad=1))
 LABELS = {"global": torch.arange(23) % 4, "upper": torch.arange(23) % 3 - 1}  # batches of 9 and 6

@@ -23,6 +23,8 @@ from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.state import TrainState
 from uda_reid.settings import Recipe
 
+pytestmark = pytest.mark.slow
+
 KEYS = ("intra=1", "inter=1", "heads=2")
 PRETRAIN = {
     "plain": (),

@@ -92,6 +92,7 @@ def reference(strategy: LF2, levels: tuple[str, ...]) -> dict[str, float]:
     return expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "levels",
     [LEVELS, ("lower", "global", "upper"), ("global", "lower"), ("upper", "lower"), ("global",), ("lower",)],
@@ -189,8 +190,7 @@ def test_every_trainable_parameter_gets_a_gradient(statistics: str, switches: di
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     total(losses_of(strategy, strategy.levels)).backward()
-    shifts = {f"{name}.block.mlp.fc2.bias" for name in ("intra", "inter")}  # of all images alike, before a neck
-    assert without_gradient(*trained) <= (shifts if statistics == "of the batch" else set())
+    assert without_gradient(*trained) == set()
 
 
 @pytest.mark.parametrize("level", ["upper", "lower"])

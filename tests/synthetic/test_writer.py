@@ -99,6 +99,7 @@ def test_a_domain_needs_two_cameras() -> None:
         replace(DOMAINS["plaza"], cameras=DOMAINS["plaza"].cameras[:1])
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     one = write_domain("station", tmp_path / "one", **SMALL, seed=3)
     again = write_domain(DOMAINS["station"], tmp_path / "again", **SMALL, seed=3)

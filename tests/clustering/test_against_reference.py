@@ -46,6 +46,7 @@ def check(features: np.ndarray, expected: np.ndarray, k1: int, k2: int, eps: flo
     return labels.max() + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k1", "k2"), [(30, 6), (20, 6), (10, 1), (7, 3)])
 @pytest.mark.parametrize("n", [1, 2, 5, 60, 500])
 def test_sizes(n: int, k1: int, k2: int, dense_jaccard: Dense, bank_of_people: Bank) -> None:

@@ -163,6 +163,7 @@ def loop_boxes(draws: int, height: int, width: int) -> list[Box | None]:
     return [usual_box(height, width, rng) for _ in range(draws)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("usual", [loop_boxes, timm_boxes])
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (24, 60), (90, 12)])
 def test_erased_rectangles_have_the_distribution_of_the_usual_ones(
@@ -205,6 +206,7 @@ def test_erased_rectangles_keep_to_their_limits(height: int, width: int) -> None
         assert (tall + 0.5) / (wide - 0.5) >= 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_the_probability_of_erasing(probability: float) -> None:
     draws = 4000

@@ -58,6 +58,7 @@ def test_the_store_keeps_the_order_of_the_paths(tmp_path: Path, draw: Callable[.
         assert (image.numpy() == decode(path, SMALL)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 3, 1024, 1025, 2048])
 def test_memory_map_and_blocks_equal_the_store_in_memory(
     images: int, tmp_path: Path, draw: Callable[..., Path]

@@ -114,6 +114,7 @@ def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: tor
     assert report.steps == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_no_step_waits_for_the_device(case: str, tiny_root: Path, tiny_recipe: Recipe) -> None:
     report = StepReport()

@@ -25,6 +25,7 @@ def train(recipe: Recipe, source: Source) -> tuple[nn.ModuleList, Rows]:
     return nn.ModuleList([model, objective]), rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), CROSS], ids=["plain", "cross-instance"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_trainable_parameter_moves(

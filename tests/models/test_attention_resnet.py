@@ -76,6 +76,7 @@ def test_ibn_norms_half_the_channels_by_image_and_half_by_batch() -> None:
             assert torch.allclose(out[image, channel], expected)
 
 
+@pytest.mark.slow
 def test_published_files_load_by_key(tmp_path: Path) -> None:
     state = published_state()
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "ibn.pth")
@@ -204,6 +205,7 @@ def test_fusion_takes_the_maximum_over_each_cell_of_the_last_grid(last_stride: i
             assert torch.allclose(out[0, :, row, column], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "eca", "fusion"),
     [(True, True, True), (True, False, True), (False, True, True), (True, True, False), (False, False, False)],
@@ -227,6 +229,7 @@ def test_whole_network_follows_its_stages(attention: bool, eca: bool, fusion: bo
     assert torch.allclose(out.vectors[0], feature_map.mean(dim=(2, 3)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "last_stride", "grid"), [((77, 45), 2, (3, 2)), ((77, 45), 1, (5, 3)), (SIZE, 1, (4, 2))]
 )

@@ -284,6 +284,7 @@ def test_a_training_step_of_a_whole_network() -> None:
     assert_same(grouped.state_dict(), expected.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [4, 12])
 def test_a_compiled_network_gives_the_same(group: int) -> None:
     batch, target = torch.randn(2, 12, 3, 2, 2, dtype=torch.float64)

@@ -25,6 +25,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), FAMILIES, ids=[name for name, _ in FAMILIES])
 def test_last_stride_doubles_the_grid_and_nothing_else(name: str, options: dict[str, object]) -> None:
     coarse = cnn_trunk(name, last_stride=2, options=options).eval()

@@ -15,6 +15,7 @@ Sort = Callable[[Tensor, int], Tensor]
 faiss_only = pytest.mark.skipif(not faiss_search.is_installed(), reason="faiss is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", pytest.param("faiss", marks=faiss_only)])
 @pytest.mark.parametrize("k", [1, 6, 30])
 def test_equals_a_plain_sort(backend: str, bank: Tensor, k: int, sorted_neighbours: Sort) -> None:

@@ -108,6 +108,7 @@ def test_every_level_has_its_own_loss_on_its_own_batch(levels: tuple[str, ...], 
         assert found[name].item() == pytest.approx(value, rel=1e-8), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", SWITCHES[1:], ids=str)
 def test_losses_without_one_of_the_parts(switches: dict[str, Any]) -> None:
     strategy = make_lf2(**switches)
@@ -172,6 +173,7 @@ def test_the_teacher_only_sees_the_batches_of_the_parts(
     assert all(torch.equal(images, wanted) for images, wanted in zip(seen, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches",
     [*SWITCHES, {"cross_instance": CROSS}],

@@ -93,6 +93,7 @@ def test_the_result_fits_the_network_that_a_checkpoint_fills(recipe: Recipe) -> 
     assert found.shape == (4, result.descriptor_size)
 
 
+@pytest.mark.slow
 def test_heads_of_any_epoch_are_restored(recipe: Recipe) -> None:
     strategy = new_strategy(recipe)
     for clusters in (6, 4):

@@ -107,6 +107,7 @@ def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     assert digest(one) == digest(again) == digest(two)
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_pictures(tmp_path: Path) -> None:
     one = digest(write_domain("campus", tmp_path / "one", **SMALL, seed=0))
     other = digest(write_domain("campus", tmp_path / "other", **SMALL, seed=1))

@@ -111,8 +111,13 @@ class GuardedOptimizer:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         # Adam has moments only of parameters that have had a gradient, SGD of all (`_start_momentum`).
         known = {key.partition(".")[0] for key in state_dict}
-        is_sgd = self._settings.name == "sgd"
-        state = {i: self._empty_moments(p) for i, p in enumerate(parameters) if is_sgd or str(i) in known}
+        stepped = [i for i in range(len(parameters)) if self._settings.name == "sgd" or str(i) in known]
+        example = self._moments_after_a_step()
+        # Fused kernels walk a parameter and its moments in the order of memory, so their strides must agree.
+        state = {
+            i: {name: torch.empty_like(parameters[i] if like.ndim else like) for name, like in example.items()}
+            for i in stepped
+        }
         expected = {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
         what = "the saved training state of the optimizer"
         check_state_dict(state_dict, expected, what=what, remedy=REMEDY, check_dtype=True)
@@ -120,12 +125,13 @@ class GuardedOptimizer:
             moment.copy_(state_dict[name])
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
-    def _empty_moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        # Fused kernels walk a parameter and its moments in the order of memory, so their strides must agree.
-        if self._settings.name == "sgd":
-            return {"momentum_buffer": torch.empty_like(parameter)} if self._settings.momentum else {}
-        moments = {name: torch.empty_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        return {"step": torch.empty((), dtype=torch.float32, device=parameter.device), **moments}
+    def _moments_after_a_step(self) -> dict[str, Tensor]:
+        """Returns what torch's optimizer stores of one parameter: its names, and which of them are scalars."""
+        parameter = nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.zeros(2)
+        optimizer = make_optimizer([nn.ParameterList([parameter])], self._settings)
+        optimizer.step()
+        return dict(optimizer.state[parameter])
 
     def _is_not_finite(self, total: Tensor) -> Tensor:
         parameters = chain.from_iterable(group["params"] for group in self._optimizer.param_groups)

@@ -90,7 +90,7 @@ class CrossInstanceBlock(nn.Module):
         self.norm_mlp = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         # A shift common to all images: the necks cancel it, and distances do not see it.
-        self.mlp.fc2.bias.requires_grad_(False)
+        self.get_parameter("mlp.fc2.bias").requires_grad_(False)
 
     def forward(self, query: Tensor, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         normed = self.norm_tokens(tokens)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from inspect import signature
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,8 +61,7 @@ def shard(rows: int, process: int | None = None, processes: int | None = None) -
 
 def shard_sizes(rows: int) -> list[int]:
     """Returns how many of `rows` rows each process has under `shard`."""
-    bounds = [rows * process // world_size() for process in range(world_size() + 1)]
-    return [stop - start for start, stop in pairwise(bounds)]
+    return [len(range(rows)[shard(rows, process)]) for process in range(world_size())]
 
 
 def all_gather(rows: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -47,17 +47,10 @@ def run_pretrain(
     images = load_image_set(
         source.train, known, recipe.images, name=source.name, device=device, scratch=log.folder, reporter=reporter
     )
+    labels, settings, training = labels.astype(np.int64), recipe.pretrain, recipe.training
+    report = TrainingReport(reporter, log)
     rows = pretrain(
-        model,
-        objective,
-        images,
-        labels.astype(np.int64),
-        recipe.pretrain,
-        recipe.training,
-        seed=seed,
-        device=device,
-        state=state,
-        report=TrainingReport(reporter, log),
+        model, objective, images, labels, settings, training, seed=seed, device=device, state=state, report=report
     )
     if log.writes:
         metadata = {

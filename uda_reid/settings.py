@@ -83,7 +83,7 @@ class AugmentSettings:
     """Training augmentation.
 
     Attributes:
-        flip, erase: probabilities in [0, 1].
+        flip, erase: probabilities.
         pad: pixels added on each side before the random crop.
         erase_fill: "noise" (a normal draw per pixel) or "mean" (zero after normalization).
     """
@@ -124,11 +124,9 @@ class CnnSettings:
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """A plain vision transformer of timm.
+    """A plain vision transformer of timm; `name`, `options` and `weights` as in `CnnSettings`.
 
     Attributes:
-        name, options: passed to `timm.create_model`.
-        weights: "none", "timm" or the path of a file.
         patch_stride: pixels between patches; below the patch size they overlap.
         drop_path: stochastic depth of the last block.
         camera_embedding: learn one embedding per source camera.
@@ -188,13 +186,11 @@ class SamIbnSettings:
     """ResNet50-IBN-a with self-attention, channel attention and mid/high-level fusion, a switch for each.
 
     Attributes:
-        weights: "none" or the path of a ResNet50-IBN-a file.
+        weights: "none" or the path of a file; other keys without a line here are those of `CnnSettings`.
         attention: self-attention in place of the 3x3 convolutions of Conv4_x and Conv5_x.
         eca: efficient channel attention after each of Conv1_x to Conv5_x.
         fusion: join Conv3_x and Conv4_x to the last map.
         heads: of each attention layer.
-        last_stride, stem_pool, options: as in `CnnSettings`.
-        pooling: map to vector: "gem", "avg" (paper) or "avg+max".
     """
 
     weights: str = "none"
@@ -288,12 +284,7 @@ class CrossInstanceSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Length, batches and losses of source training.
-
-    Attributes:
-        steps: batches an epoch; 0 for as many as the images fill.
-        identities, instances: P and K of a batch.
-    """
+    """Source training: batches of `identities` (P) x `instances` (K), `steps` an epoch (0: what the images fill)."""
 
     epochs: int = 180
     steps: int = 0
@@ -460,13 +451,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """How test features are extracted and ranked.
-
-    Attributes:
-        batch: images encoded at a time.
-        mirror: sum the features of image and mirrored image.
-        rerank_k1, rerank_k2, rerank_lambda: of `--rerank` (Zhong et al., CVPR 2017).
-    """
+    """How test features are extracted (`mirror`: image and mirrored image summed) and re-ranked by `--rerank`."""
 
     batch: int = 128
     mirror: bool = False

@@ -18,7 +18,7 @@ from uda_reid.settings import BACKBONES, Recipe
 def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -> None:
     """Parameters, GFLOPs, descriptor and grid of each backbone, classifiers left out.
 
-    Without --recipe: the four backbones at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
+    Without --recipe: every backbone at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
     multiply-add counts as one FLOP.
     """
     if recipe_name is not None:
@@ -48,13 +48,5 @@ def _count(recipe: Recipe) -> dict[str, Any]:
     from uda_reid.engine.inspect_model import inspect_model
 
     height, width = recipe.images.height, recipe.images.width
-    found = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
-    return {
-        "name": recipe.model.backbone,
-        "input": f"{height}x{width}",
-        "parameters": found.parameters,
-        "gflops": round(found.gflops, 4),
-        "descriptor": found.descriptor,
-        "grid": " + ".join(f"{rows}x{columns}" for rows, columns in found.grids),
-        "parts": found.parts,
-    }
+    counts = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
+    return {"name": recipe.model.backbone, "input": f"{height}x{width}", **counts}

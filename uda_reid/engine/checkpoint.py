@@ -22,8 +22,7 @@ class Checkpoint:
     """A checkpoint as read.
 
     Attributes:
-        path: the file it came from.
-        metadata: what `save_checkpoint` stored beside the weights: kind, recipe, cameras and so on.
+        metadata: kind, recipe, cameras and so on.
         tensors: name -> tensor, on the CPU.
     """
 

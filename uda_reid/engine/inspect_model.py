@@ -1,6 +1,6 @@
-"""Counts what a model is made of and what one image costs."""
+"""Counts the parts of a model and the cost of one image."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,38 +9,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from uda_reid.models.reid_model import ReIDModel
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What `cli.py models` prints of one backbone, classifiers left out.
+def inspect_model(model: ReIDModel, height: int, width: int) -> dict[str, Any]:
+    """Returns parameters and operations, classifiers left out.
 
-    Attributes:
-        parameters: in all; `parts` splits them by the backbone's children, and the necks.
-        gflops: of one image; a multiply-add counts as one, as in the field's papers.
-        descriptor: length of the retrieval feature.
-        grids: (h, w) of each map.
+    Returns:
+        "parameters" in all; "gflops" of one image, where a multiply-add counts as one, as in the field's papers;
+        "descriptor", the size of the retrieval feature; "grid" (rows x columns) of each map; "parts", the parameters of
+        each child of the backbone and of the necks.
     """
-
-    parameters: int
-    gflops: float
-    descriptor: int
-    grids: tuple[tuple[int, int], ...]
-    parts: dict[str, int]
-
-
-def inspect_model(model: ReIDModel, height: int, width: int) -> ModelFacts:
-    """Counts parameters, and operations by one forward of one image in evaluation mode."""
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         output = model(torch.zeros(1, 3, height, width))
     children = [*model.get_submodule("backbone").named_children(), ("necks", model.necks)]
-    parts = {name: _parameters(child) for name, child in children if _parameters(child)}
-    return ModelFacts(
-        parameters=_parameters(model),
-        gflops=counter.get_total_flops() / 2 / 1e9,
-        descriptor=model.descriptor_size,
-        grids=tuple((feature_map.shape[2], feature_map.shape[3]) for feature_map in output.maps),
-        parts=parts,
-    )
+    return {
+        "parameters": _parameters(model),
+        "gflops": round(counter.get_total_flops() / 2 / 1e9, 4),
+        "descriptor": model.descriptor_size,
+        "grid": " + ".join(f"{feature_map.shape[2]}x{feature_map.shape[3]}" for feature_map in output.maps),
+        "parts": {name: _parameters(child) for name, child in children if _parameters(child)},
+    }
 
 
 def _parameters(module: nn.Module) -> int:

@@ -142,8 +142,7 @@ def _number(path: Path) -> int:
 def _digest(tensors: Mapping[str, Tensor], metadata: str) -> str:
     """Returns the CRC-32 of the metadata and of every tensor's name, dtype, shape and bytes.
 
-    It must detect accidents, not forgery: every burst of up to 32 bits is detected, other damage is missed once in
-    2^32. zlib runs at several GB/s on one core, BLAKE2b at about one.
+    It must detect accidents, not forgery; zlib runs at several GB/s on one core, BLAKE2b at about one.
     """
     value = zlib.crc32(metadata.encode())
     for name, tensor in sorted(tensors.items()):

@@ -57,7 +57,7 @@ class Strategy(nn.Module):
     @property
     def encoders(self) -> list[nn.Module]:
         """The modules inside `networks` that see images, which torch.compile may compile."""
-        raise NotImplementedError
+        return self.trained
 
     @property
     def head_list(self) -> list[nn.Module]:

@@ -69,10 +69,6 @@ class Baseline(Strategy):
     def trained(self) -> list[nn.Module]:
         return [self.result]
 
-    @property
-    def encoders(self) -> list[nn.Module]:
-        return [self.result]
-
     def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         with fresh_statistics(self.result):
             for images, camera_indices in batches:

@@ -65,11 +65,7 @@ class TrainState:
         return perf_counter() - self._epoch_start
 
     def track(self, name: str, tracked: Stateful) -> None:
-        """Registers an object to be saved, and restores it if the training is resumed.
-
-        Args:
-            name: without dots, a different one for each object.
-        """
+        """Registers an object under a name without dots, and restores it if the training is resumed."""
         if self.resumed:
             tracked.load_state_dict(self._pop(name))
         self._tracked[name] = tracked

@@ -80,6 +80,7 @@ def adapt(
 
             torch.manual_seed(derive_seed(seed, epoch, SAMPLING))
             strategy.begin_epoch(features, labels)
+            del features  # the steps need their memory
             optimizer.replace_heads(strategy.head_list)
             batches.begin_epoch(clustered, [derive_seed(seed, epoch, SAMPLING, i) for i in range(len(clustered))])
             meter.reset()

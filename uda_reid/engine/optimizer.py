@@ -56,6 +56,7 @@ class GuardedOptimizer:
     ) -> None:
         self._settings = settings
         self._networks, self._whole_batch, self._heads = networks, whole_batch, heads
+        self._network_statistics = _statistics(networks)
         self._optimizer = make_optimizer([*networks, *whole_batch], settings)
         self.replace_heads(heads)
 
@@ -69,6 +70,7 @@ class GuardedOptimizer:
             self._optimizer.add_param_group(group)
             _start_momentum(self._optimizer, group["params"], self._settings)
         self._heads = heads
+        self._statistics = _statistics((*self._networks, *self._whole_batch, *heads))
         self._before = self._copy_statistics()
 
     def step(self, losses: Mapping[str, Tensor], factor: float) -> Tensor:
@@ -85,7 +87,7 @@ class GuardedOptimizer:
         total.backward()
         whole = chain.from_iterable(module.parameters() for module in (*self._whole_batch, *self._heads))
         all_reduce_mean([p.grad for p in whole if p.grad is not None])
-        all_reduce_mean(self._statistics(self._networks))
+        all_reduce_mean(self._network_statistics)
         skipped = self._is_not_finite(total)
         for group in self._optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
@@ -138,23 +140,22 @@ class GuardedOptimizer:
         norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
         return 1 - torch.isfinite(torch.stack([total.detach().float(), *(n.float() for n in norms)])).all().float()
 
-    @staticmethod
-    def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
-        """Returns the floating-point buffers: running means and variances of batch norms."""
-        return [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
-
     def _copy_statistics(self) -> Tensor:
-        buffers = self._statistics((*self._networks, *self._whole_batch, *self._heads))
-        return torch.cat([buffer.flatten() for buffer in buffers]) if buffers else torch.empty(0)
+        return torch.cat([buffer.flatten() for buffer in self._statistics]) if self._statistics else torch.empty(0)
 
     def _restore_statistics(self, skipped: Tensor) -> None:
         """Puts back the statistics from before a skipped step, and copies them for the next one."""
-        buffers = self._statistics((*self._networks, *self._whole_batch, *self._heads))
+        buffers = self._statistics
         if not buffers:
             return
         self._before = torch.where(skipped > 0, self._before, self._copy_statistics())
         parts = self._before.split([buffer.numel() for buffer in buffers])
         torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+
+
+def _statistics(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Returns the floating-point buffers: running means and variances of batch norms."""
+    return [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
 
 
 def make_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
 @click.command()
 @click.argument("features", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Where to write the labels (.npy).")
-@click.option("--k1", default=ClusterSettings.k1, show_default=True, help="Size of the neighbour lists.")
+@click.option("--k1", default=ClusterSettings.k1, show_default=True, help="Size of the neighbor lists.")
 @click.option("--k2", default=ClusterSettings.k2, show_default=True, help="Rows averaged in the query expansion.")
 @click.option(
     "--eps",
@@ -36,7 +36,7 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     type=click.Choice(SEARCH_BACKENDS),
     default=ClusterSettings.backend,
     show_default=True,
-    help="Of the neighbour search.",
+    help="Of the neighbor search.",
 )
 @json_option
 def cluster(

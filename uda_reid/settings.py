@@ -83,8 +83,7 @@ class AugmentSettings:
     """Training augmentation.
 
     Attributes:
-        flip, erase: probabilities.
-        pad: pixels added on each side before the random crop.
+        flip, erase: probabilities; pad: pixels added on each side before the random crop.
         erase_fill: "noise" (a normal draw per pixel) or "mean" (zero after normalization).
     """
 
@@ -146,8 +145,7 @@ class FusionSettings:
 
     Attributes:
         width: D of the query and patch tokens.
-        heads: attention heads.
-        mlp_ratio: hidden width of each MLP over D.
+        heads, mlp_ratio: attention heads, and hidden width of each MLP over D.
         layers: L, stacked HTMs; 0 leaves the HTM out and with it the two fused outputs.
         shared_encoder: one SEU for both branches (paper) or one each (released code).
         lru: False replaces each local refinement unit by a linear projection to D.

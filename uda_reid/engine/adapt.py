@@ -87,8 +87,7 @@ def adapt(
 
         strategy.train()
         # A skipped level leaves parameters without a gradient, which DistributedDataParallel has to be told.
-        some_unused = bool(state.row["skipped_levels"])
-        networks = wrap_ddp(strategy.networks, some_unused=True) if some_unused else all_levels
+        networks = wrap_ddp(strategy.networks, some_unused=True) if state.row["skipped_levels"] else all_levels
         title = f"epoch {epoch + 1}/{settings.epochs}"
         for batch in report.track(
             batches.draw(epoch, state.steps(settings.steps)), title, settings.steps * batches.size, len

@@ -1,12 +1,14 @@
 """Small data and small recipes that several test folders share."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.sentences import assert_sentence
 from tests.training import load_source, load_target, silent_reporter
 from uda_reid.data.image_set import ImageSet
 from uda_reid.recipe import load_recipe
@@ -71,3 +73,9 @@ def tiny_target(tiny_root: Path, tiny_recipe: Recipe) -> ImageSet:
 def report() -> TrainingReport:
     """A report that prints into the void and keeps nothing."""
     return TrainingReport(silent_reporter())
+
+
+@pytest.fixture(name="assert_sentence")
+def sentence_check() -> Callable[..., None]:
+    """Asserts that an error is one sentence on one line that contains the given words."""
+    return assert_sentence

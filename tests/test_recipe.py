@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.sentences import assert_sentence
 from uda_reid.errors import UserError
 from uda_reid.recipe import (
     dump_keys,
@@ -94,15 +95,6 @@ def strategy_of(key: str) -> str:
     """Returns the strategy whose section holds the key, else the default."""
     section = key.removeprefix("adapt.").split(".")[0]
     return section if section in STRATEGIES else Recipe().adapt.strategy
-
-
-def assert_sentence(error: BaseException, *words: object) -> None:
-    text = str(error)
-    assert "\n" not in text
-    assert text.endswith(".")
-    assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
-    for word in words:
-        assert str(word) in text, f"{word} is not named: {text}"
 
 
 def refused(text: str, *overrides: str) -> UserError:

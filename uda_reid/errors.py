@@ -1,4 +1,4 @@
-"""The one root of everything a user is told: the command line prints it without a traceback."""
+"""The base of every error that the command line prints as one sentence, without a traceback."""
 
 
 class UserError(Exception):

@@ -1,6 +1,5 @@
 """Small data sets on disk, and the form of an error sentence."""
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -36,18 +35,3 @@ def draw() -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture
-def assert_sentence() -> Callable[..., None]:
-    """Asserts that an error is one sentence on one line that contains the given words."""
-
-    def check(error: BaseException, *words: object) -> None:
-        text = str(error)
-        assert "\n" not in text
-        assert text.endswith(".")
-        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
-        for word in words:
-            assert str(word) in text, f"{word} is not named: {text}"
-
-    return check

@@ -1,6 +1,5 @@
 """Equality to the bit, the form of an error sentence, and a small set of images."""
 
-import re
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -23,21 +22,6 @@ def assert_same() -> Callable[..., None]:
         for name, tensor in expected.items():
             assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
             assert torch.equal(bits(found[name]), bits(tensor)), name
-
-    return check
-
-
-@pytest.fixture
-def assert_sentence() -> Callable[..., None]:
-    """Asserts that an error is one sentence on one line that contains the given words."""
-
-    def check(error: BaseException | str, *words: object) -> None:
-        text = str(error)
-        assert "\n" not in text
-        assert text.endswith(".")
-        assert not re.search(r"[.!?]\s+[A-Z]", text), f"more than one sentence: {text}"
-        for word in words:
-            assert str(word) in text, f"{word} is not named: {text}"
 
     return check
 

@@ -121,13 +121,11 @@ class LoadedModel:
         model: a `ReIDModel`, or what an adaptation made of it.
         recipe: it was trained with, overrides applied.
         metadata: of the checkpoint: kind, source, target, cameras, classes.
-        path: of the checkpoint.
     """
 
     model: ReIDModel | PartReIDModel
     recipe: Recipe
     metadata: dict[str, Any]
-    path: Path
 
     def known_cameras(self, dataset: str) -> tuple[int, ...]:
         """Returns the camera ids of a data set that the model has embeddings for.
@@ -168,4 +166,4 @@ def _load(checkpoint: Checkpoint, device: torch.device, seed: int, overrides: tu
     source = make_model(recipe, len(metadata["cameras"]), seed=seed, pretrained=False)
     model = source if metadata["kind"] == "pretrain" else result_network(source, recipe.adapt)
     load_checkpoint(model, checkpoint)
-    return LoadedModel(model.to(device).eval(), recipe, metadata, checkpoint.path)
+    return LoadedModel(model.to(device).eval(), recipe, metadata)

@@ -56,6 +56,8 @@ CHOICES: dict[str, Any] = {
     "adapt.cluster.k2": 3,
     "images.store": "file",
     "training.precision": "bfloat16",
+    "training.channels_last": True,
+    "training.compile": False,
     "training.batch_norm_group": 16,
     "pretrain.optim.name": "sgd",
     "adapt.optim.name": "adamw",
@@ -334,6 +336,8 @@ def test_a_key_like_none_is_refused_without_a_guess() -> None:
         ("images.mean=[1, 2, 'x']", "float, got str at [2]"),
         ("model.cnn.options=3", "a table, got int"),
         ("adapt.epochs=[1]", "int, got a list"),
+        ("training.compile=yes", 'true, false or "auto"'),
+        ("training.channels_last=1", 'true, false or "auto"'),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(override: str, expected: str) -> None:

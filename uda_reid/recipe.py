@@ -14,7 +14,7 @@ import msgspec
 import tomli_w
 
 from uda_reid.errors import UserError
-from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe
+from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe, Switch
 
 T = TypeVar("T")
 
@@ -173,6 +173,8 @@ def _read_value(hint: Any, value: Any, path: str) -> Any:
     except msgspec.ValidationError as error:  # "Expected `float`, got `str` - at `$[2]`"
         reason = str(error).replace("`", "").replace(" - at $", " at ")
         reason = reason.replace("array", "a list").replace("object", "a table")
+        if hint == Switch:
+            reason = 'expected true, false or "auto"'
         raise UserError(f"Recipe key '{path}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}.") from error
 
 

@@ -6,7 +6,7 @@ own settings object; only `recipe`, `build` and `cli` see a whole `Recipe`.
 
 from dataclasses import dataclass, field
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
 from uda_reid.errors import UserError
 
@@ -15,12 +15,14 @@ POOLINGS = ("gem", "avg", "avg+max")
 NECK_FEATURES = ("before", "after")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("cosine", "multistep", "constant")
-PRECISIONS = ("auto", "bfloat16", "float32")
+PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
 STRATEGIES = ("lf2", "baseline")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
+
+Switch = bool | Literal["auto"]
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -421,17 +423,26 @@ class TrainingSettings:
     """How a training step is computed, in pre-training and adaptation alike.
 
     Attributes:
-        precision: "auto" is bfloat16 autocast on GPUs that compute in it, and float32 elsewhere.
-        channels_last: memory layout of convolutions; faster on GPUs with tensor cores.
-        compile: pass the networks through torch.compile.
+        precision: of autocast. "auto" is bfloat16 on GPUs that compute in it, float16 with a loss scale on older GPUs,
+            and float32 on a CPU.
+        tf32: allow GPUs to round the factors of float32 products to 10 bits in training and feature extraction.
+        channels_last: memory format of convolutions; "auto" is true on GPUs.
+        compile: pass the networks through torch.compile. "auto" times a step on a GPU and compiles if that is repaid
+            within the run.
+        accumulate: chunks in which a batch passes through the networks, to save memory; the losses are those of the
+            whole batch, the batch-norm statistics those of a chunk.
+        checkpoint_activations: compute the activations of each trunk again in the backward pass, to save memory.
         batch_norm_group: images whose statistics are taken together; 0 for the whole batch over all processes.
         patience: consecutive steps that may be skipped because a loss or gradient was not finite.
         checkpoint_minutes: time between two saved states within an epoch; the end of each epoch saves one anyway.
     """
 
     precision: str = "auto"
-    channels_last: bool = False
-    compile: bool = False
+    tf32: bool = True
+    channels_last: Switch = "auto"
+    compile: Switch = "auto"
+    accumulate: int = 1
+    checkpoint_activations: bool = False
     batch_norm_group: int = 0
     patience: int = 5
     checkpoint_minutes: float = 10.0
@@ -443,7 +454,7 @@ class TrainingSettings:
                 f"training.batch_norm_group must be 0 (the whole batch) or 2 or more, got {self.batch_norm_group}; one "
                 "image has no variance."
             )
-        _check_least("training", 1, patience=self.patience)
+        _check_least("training", 1, accumulate=self.accumulate, patience=self.patience)
         _check_least("training", 0, checkpoint_minutes=self.checkpoint_minutes)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from uda_reid.engine.prepare import compile_networks, make_autocast, prepare
-from uda_reid.settings import TrainingSettings
+from uda_reid.settings import Switch, TrainingSettings
 
 CPU = torch.device("cpu")
 
@@ -18,14 +18,14 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_the_memory_layout_of_weights_and_maps(wanted: bool, network: nn.Sequential) -> None:
+@pytest.mark.parametrize("setting", [False, True, "auto"])
+def test_the_memory_format_of_weights_and_maps(setting: Switch, network: nn.Sequential) -> None:
     images = torch.randn(2, 3, 8, 8)
     before = copy.deepcopy(network)(images)
-    prepare(network, TrainingSettings(channels_last=wanted), CPU)
+    prepare(network, TrainingSettings(channels_last=setting), CPU)
     found = network(images)
     for tensor in (network[0].weight, found):
-        assert tensor.is_contiguous(memory_format=torch.channels_last) == wanted
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == (setting is True)
     torch.testing.assert_close(found, before)
 
 
@@ -41,14 +41,14 @@ def test_batch_norms_work_in_the_stated_groups(network: nn.Sequential) -> None:
     torch.testing.assert_close(network(images), whole)
 
 
-@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("setting", [False, True, "auto"])
 def test_networks_are_compiled_on_request(
-    wanted: bool, network: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+    setting: Switch, network: nn.Sequential, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    compile_networks([network, network[0]], TrainingSettings(compile=wanted))
-    assert compiled == [network, network[0]] * wanted
+    compile_networks([network, network[0]], TrainingSettings(compile=setting))
+    assert compiled == [network, network[0]] * (setting is True)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How networks are computed: device, memory layout, batch statistics, compilation, precision."""
+"""How networks are computed: device, memory format, batch statistics, compilation, precision."""
 
 from collections.abc import Iterable
 
@@ -10,15 +10,16 @@ from uda_reid.settings import TrainingSettings
 
 
 def prepare(module: nn.Module, training: TrainingSettings, device: torch.device) -> None:
-    """Moves a module to the device and memory layout, and sets over which images its batch norms take statistics."""
-    layout = torch.channels_last if training.channels_last else torch.preserve_format
+    """Moves a module to the device and memory format, and sets over which images its batch norms take statistics."""
+    channels_last = device.type == "cuda" if training.channels_last == "auto" else training.channels_last
+    layout = torch.channels_last if channels_last else torch.preserve_format
     module.to(device, memory_format=layout)  # type: ignore[call-overload]
     set_batch_norm_group(module, training.batch_norm_group)
 
 
 def compile_networks(networks: Iterable[nn.Module], training: TrainingSettings) -> None:
     """Compiles networks in place if the settings ask for it; their state dicts stay the same."""
-    if training.compile:
+    if training.compile is True:
         for network in networks:
             network.compile()
 

@@ -18,6 +18,7 @@ from uda_reid.settings import Recipe
 
 QUIET = Reporter(StringIO())
 NOT_WRITTEN = RunLog(Path(), writes=False)  # of runs that leave no files
+NOT_MEASURED = "not measured"
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:

@@ -1,29 +1,30 @@
 """The pieces of LF2 that benchmarks/training.py times: single steps of this package and whole epochs of both forms."""
 
 import argparse
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from common import QUIET
 from plain_lf2 import PlainLF2
 from stopwatch import Took, matrix_peak, time_once
-from torch import Tensor
+from torch import Tensor, nn
 
 from uda_reid.build import build_strategy, load_image_set, make_model, open_data
 from uda_reid.data.image_set import ImageSet
-from uda_reid.data.records import anonymize
+from uda_reid.data.records import Records, anonymize
 from uda_reid.distributed import pick_device
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.features import statistics_chunks
 from uda_reid.engine.meter import LossMeter
 from uda_reid.engine.optimizer import GuardedOptimizer
-from uda_reid.engine.prepare import make_autocast
+from uda_reid.engine.prepare import compile_networks, make_autocast
 from uda_reid.engine.state import TrainState
 from uda_reid.errors import UserError
 from uda_reid.models.part_fusion import PartOutput
-from uda_reid.models.reid_model import Classifiers
+from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.recipe import load_recipe
 from uda_reid.report.training_report import TrainingReport
 from uda_reid.settings import Recipe
@@ -44,7 +45,6 @@ class Bench:
 
     Attributes:
         autocast: of this package's forward passes.
-        peaks: FLOP/s of matrix products by precision.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -53,11 +53,24 @@ class Bench:
         self.device = pick_device(options.device)
         self.recipe = self.recipe_with()
         self.autocast = make_autocast(self.recipe.training, self.device)
-        dataset = open_data(options.target, options.data_root, labelled_train=False, reporter=QUIET)
-        self.records = anonymize(dataset.train)
-        self.data = self.decode()
+        self._models: dict[str, ReIDModel] = {}  # drawing the weights of large ones takes seconds
+
+    @cached_property
+    def records(self) -> Records:
+        """The target's images, without identities."""
+        options = self.options
+        return anonymize(open_data(options.target, options.data_root, labelled_train=False, reporter=QUIET).train)
+
+    @cached_property
+    def data(self) -> ImageSet:
+        """The images that batches are made of."""
+        return self.decode()
+
+    @cached_property
+    def peaks(self) -> dict[str, float]:
+        """FLOP/s of matrix products by precision."""
         size = 8192 if self.on_gpu else 2048
-        self.peaks = {name: matrix_peak(getattr(torch, name), self.device, size) for name in ("float32", "bfloat16")}
+        return {name: matrix_peak(getattr(torch, name), self.device, size) for name in ("float32", "bfloat16")}
 
     @property
     def on_gpu(self) -> bool:
@@ -81,8 +94,10 @@ class Bench:
 
     def strategy(self, recipe: Recipe) -> LF2:
         """Returns LF2 around a model with random weights, the same each time."""
-        model = make_model(recipe, 1, seed=SEED, pretrained=False)
-        strategy = build_strategy(recipe, model, seed=SEED, device=self.device)
+        name = recipe.model.backbone
+        if name not in self._models:
+            self._models[name] = make_model(recipe, 1, seed=SEED, pretrained=False)
+        strategy = build_strategy(recipe, deepcopy(self._models[name]), seed=SEED, device=self.device)
         assert isinstance(strategy, LF2)
         return strategy
 
@@ -92,14 +107,15 @@ class StepWorks:
 
     Args:
         shared: one batch of P x K images for all levels, in place of one each.
+        overrides: further overrides of the recipe.
     """
 
-    def __init__(self, bench: Bench, backbone: str, *, shared: bool) -> None:
-        recipe = bench.recipe_with(f"model.backbone={backbone}")
-        settings, self.autocast = recipe.adapt, bench.autocast
+    def __init__(self, bench: Bench, backbone: str, *, shared: bool, overrides: Sequence[str] = ()) -> None:
+        recipe = bench.recipe_with(f"model.backbone={backbone}", *overrides)
+        settings, self.training = recipe.adapt, recipe.training
+        self.autocast = make_autocast(self.training, bench.device)
         self.strategy = strategy = bench.strategy(recipe)
         networks, each = strategy.networks, settings.identities * settings.instances
-        self.trunk = deepcopy(networks.student.reid.backbone)
         self.size = each if shared else each * len(strategy.levels)
         starts = [0 if shared else number * each for number in range(len(strategy.levels))]
         self.rows = {level: slice(start, start + each) for level, start in zip(strategy.levels, starts, strict=True)}
@@ -108,7 +124,6 @@ class StepWorks:
         self.images, self.cameras = bench.data.plain(torch.arange(self.size) % len(bench.data), bench.device)
         strategy.heads["classifiers"] = Classifiers(strategy.output_widths, CLASSES).to(bench.device)
         strategy.train()
-        self.trunk.train()
         self.optimizer = GuardedOptimizer(
             settings.optim, strategy.trained, strategy.whole_batch, list(strategy.heads.values())
         )
@@ -116,6 +131,13 @@ class StepWorks:
         self.step = settings.steps
         self._encode, self._encoded = networks.teacher.forward, dict[int, PartOutput]()
         networks.teacher.forward = self._encode_once  # a student step is timed without the teacher's forward pass
+
+    @cached_property
+    def trunk(self) -> nn.Module:
+        """The bare backbone, made when it is first run, so that it takes no memory before."""
+        trunk = deepcopy(self.strategy.networks.student.reid.backbone)
+        compile_networks([trunk], self.training)
+        return trunk
 
     def bare(self) -> None:
         """Runs the backbone forward and backward."""

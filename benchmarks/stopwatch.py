@@ -95,6 +95,15 @@ def flops_of(work: Work) -> int:
     return counter.get_total_flops()
 
 
+def peak_bytes(work: Work, device: torch.device) -> int | None:
+    """Returns the most memory that tensors take on a GPU during one call, with what they take before; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    time_once(work, device)
+    return torch.cuda.max_memory_allocated(device)
+
+
 def kernel_seconds(work: Work, device: torch.device) -> float:
     """Returns the seconds that a GPU worked during one call."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:

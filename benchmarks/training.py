@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import add_run_options, make_parser, print_json, software, table, write_report
+from common import NOT_MEASURED, add_run_options, make_parser, print_json, software, table, write_report
 from lf2_works import FORMS, PLAIN, Bench, EpochWorks, StepWorks
 from plain_lf2 import PersonImages, training_transform
 from stopwatch import Work, flops_of, kernel_seconds, median_wall, ratio, take_turns
@@ -30,7 +30,6 @@ from uda_reid.engine.features import extract_features
 from uda_reid.strategies.lf2 import level_names
 
 Section = tuple[list[str], Any]  # lines of Markdown, and the figures for the JSON
-NOT_MEASURED = "not measured"
 SCHEDULE = {"epochs": 80, "steps": 400}  # LF2 as published
 CHECKED = 3  # steps on whose losses both forms have to agree
 SHORT = 5  # turns of a short measurement for each turn of a long one
@@ -209,16 +208,20 @@ def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Sect
         idle = 1 - kernel_seconds(work, bench.device) / timed[JOINT]["seconds"]
     shown = {form: f"{hours:.1f}" if bench.on_gpu else hours for form, hours in projected.items()}
     lines = table(["LF2's full schedule (80 x 400 steps), hours", *shown], [["projected", *shown.values()]])
-    lines += ["", f"Share of an epoch ('{JOINT}') in which the GPU idles: {idle}"]
+    share = f"{100 * idle:.0f} %" if bench.on_gpu else idle
+    lines += ["", f"Share of an epoch ('{JOINT}') in which the GPU idles: {share}"]
     return lines, {"projected_hours": projected, "idle_share": idle}
 
 
 def measure(bench: Bench) -> tuple[list[str], dict[str, Any]]:
     """Returns every section, as Markdown and for the JSON."""
-    sections = [("Student step", "student_step", student_step(bench))]
+    sections = []
+    if not bench.options.step_alone and not bench.options.epoch_alone:
+        sections.append(("Data path", "data_path", data_path(bench)))
+    if not bench.options.epoch_alone:
+        sections.append(("Student step", "student_step", student_step(bench)))
     if bench.options.step_alone:
         return joined(sections)
-    sections.insert(0, ("Data path", "data_path", data_path(bench)))
     epochs = EpochWorks(bench)
     sections.append(("Stages", "stages", staged := stages(bench, epochs)))
     sections.append(("The same work", "first_losses", first_losses(epochs)))
@@ -243,7 +246,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loader-workers", type=int, default=os.cpu_count() or 1, help="processes of the plain form")
     parser.add_argument("--lean-plain", action="store_true", help="plain form without the teacher's unread forward")
     parser.add_argument("--backbones", nargs="+", default=list(BACKBONES), help="whose student step is measured")
-    parser.add_argument("--step-alone", action="store_true", help="measure the student step and nothing else")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--step-alone", action="store_true", help="measure the student step and nothing else")
+    alone.add_argument("--epoch-alone", action="store_true", help="leave out data path and student step")
     parser.add_argument("--steps", type=int, default=80, help="steps of a measured epoch")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each form")
     parser.add_argument("--out", type=Path, help="also write the tables to this Markdown file")

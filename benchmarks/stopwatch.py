@@ -97,11 +97,11 @@ def flops_of(work: Work) -> int:
 
 def peak_bytes(work: Work, device: torch.device) -> int | None:
     """Returns the most memory that tensors take on a GPU during one call, with what they take before; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     time_once(work, device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if on_gpu else None
 
 
 def kernel_seconds(work: Work, device: torch.device) -> float:

@@ -15,7 +15,7 @@ from uda_reid.data.market1501 import read_market1501
 from uda_reid.data.records import Records, ReIDDataset
 from uda_reid.distributed import barrier, is_main
 from uda_reid.engine.checkpoint import Checkpoint, load_checkpoint, read_checkpoint
-from uda_reid.engine.prepare import compile_networks, prepare
+from uda_reid.engine.prepare import prepare
 from uda_reid.engine.strategy import Strategy
 from uda_reid.errors import UserError
 from uda_reid.models.attention_resnet import SamIbn
@@ -109,7 +109,6 @@ def build_strategy(recipe: Recipe, model: ReIDModel, *, seed: int, device: torch
     strategy = make_strategy(model, recipe.adapt)
     strategy.to(device)
     prepare(strategy.networks, recipe.training, device)  # what sees whole batches needs no statistics over processes
-    compile_networks(strategy.encoders, recipe.training)
     return strategy
 
 

@@ -1,12 +1,13 @@
 """One function for each command that trains or measures: data and model in, a run's folder and summary out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from uda_reid import __version__
 from uda_reid.build import LoadedModel, build_strategy, load_image_set, load_source_model, make_model
@@ -14,8 +15,9 @@ from uda_reid.data.records import ReIDDataset, TestSplit, anonymize
 from uda_reid.distributed import barrier
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.checkpoint import save_checkpoint
+from uda_reid.engine.compilation import compile_networks
 from uda_reid.engine.evaluate import evaluate
-from uda_reid.engine.prepare import compile_networks, make_autocast, prepare
+from uda_reid.engine.prepare import make_autocast, prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.state_files import StateFiles
@@ -35,6 +37,7 @@ def run_pretrain(
 ) -> Summary:
     """Trains on a labelled source, stores the checkpoint, and measures it on the source's own test split."""
     started = perf_counter()
+    reporter.say(f"Computing in {prepare_device(recipe.training, device)}.")
     state = open_state(log, recipe, reporter)
     state.check_images([path.name for path in source.train.paths])
     cameras = tuple(int(camera) for camera in np.unique(source.train.camera_ids))
@@ -43,12 +46,13 @@ def run_pretrain(
     model = make_model(recipe, len(cameras), seed=seed, pretrained=not state.resumed)
     objective = SourceObjective(model, len(identities), recipe.pretrain).to(device)
     prepare(model, recipe.training, device)
-    compile_networks([model], recipe.training)
+    settings, training = recipe.pretrain, recipe.training
+    steps = settings.epochs * settings.steps_for(len(source.train))
+    _compile([model], recipe, settings.identities * settings.instances, steps, device, reporter)
     images = load_image_set(
         source.train, known, recipe.images, name=source.name, device=device, scratch=log.folder, reporter=reporter
     )
-    labels, settings, training = labels.astype(np.int64), recipe.pretrain, recipe.training
-    report = TrainingReport(reporter, log)
+    labels, report = labels.astype(np.int64), TrainingReport(reporter, log)
     rows = pretrain(
         model, objective, images, labels, settings, training, seed=seed, device=device, state=state, report=report
     )
@@ -93,6 +97,7 @@ def run_adapt(
             "images or name another folder."
         )
     known = init.known_cameras(target.name)
+    reporter.say(f"Computing in {prepare_device(recipe.training, device)}.")
     state = open_state(log, recipe, reporter)
     if "before" not in state.metadata:
         state.metadata["before"] = _measure(
@@ -100,6 +105,9 @@ def run_adapt(
         )
     before = state.metadata["before"]
     strategy = build_strategy(recipe, cast(ReIDModel, init.model), seed=seed, device=device)
+    batch = recipe.adapt.identities * recipe.adapt.instances
+    batch *= 1 if recipe.adapt.shared_batch else len(strategy.levels)
+    _compile(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
     records = anonymize(target.train)
     state.check_images([path.name for path in records.paths])
     images = load_image_set(
@@ -155,6 +163,7 @@ def run_evaluate(
             f"An evaluation needs a labelled test split (query/ and bounding_box_test/), but {target.folder} has none; "
             "name another data set."
         )
+    reporter.say(f"Computing in {prepare_device(loaded.recipe.training, device)}.")
     known, title = loaded.known_cameras(target.name), f"testing on {target.name}"
     metrics = _measure(loaded.model, target.test, known, loaded.recipe, device, reporter, title, rerank)
     assert metrics is not None
@@ -215,6 +224,15 @@ def open_state(log: RunLog, recipe: Recipe, reporter: Reporter) -> TrainState:
         log.restart([])
         reporter.say(f"{log.folder} holds no saved state yet, so the run starts at its beginning.")
     return state
+
+
+def _compile(
+    networks: Sequence[nn.Module], recipe: Recipe, batch: int, steps: int, device: torch.device, reporter: Reporter
+) -> None:
+    """Compiles networks where that is asked for or pays."""
+    training = recipe.training
+    shape = (batch // training.accumulate, 3, recipe.images.height, recipe.images.width)
+    compile_networks(networks, training, device, steps=steps, image_shape=shape, say=reporter.say)
 
 
 def _measure(

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.sentences import assert_sentence
 from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.batches import Batch, LevelBatches, check_processes
+from uda_reid.errors import UserError
 from uda_reid.seeding import generator_at, seed_step
-from uda_reid.settings import AdaptSettings, AugmentSettings
+from uda_reid.settings import AdaptSettings, AugmentSettings, TrainingSettings
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -151,6 +153,10 @@ def test_a_resumed_epoch_draws_what_is_left(
     assert_equal(draw(resumed, 0)[0], draw(make_batches(images, shared=shared), 0)[0])
 
 
-def test_one_process_may_always_train() -> None:
+def test_one_process_may_always_train_in_chunks_of_two_images() -> None:
     for group in (0, 16):
-        check_processes(2, group)
+        check_processes(2, TrainingSettings(batch_norm_group=group))
+        check_processes(2, TrainingSettings(batch_norm_group=group, accumulate=2))
+        with pytest.raises(UserError) as error:
+            check_processes(2, TrainingSettings(batch_norm_group=group, accumulate=3))
+        assert_sentence(error.value, "2 x 2 images", "1 processes of 3 chunks each", "can be 2 at most")

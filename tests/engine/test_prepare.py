@@ -1,12 +1,13 @@
 """How the training settings reach the networks."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import nn
 
-from uda_reid.engine.prepare import compile_networks, make_autocast, prepare
+from uda_reid.engine.prepare import autocast_dtype, make_autocast, make_loss_scale, prepare, prepare_device
 from uda_reid.settings import Switch, TrainingSettings
 
 CPU = torch.device("cpu")
@@ -41,24 +42,60 @@ def test_batch_norms_work_in_the_stated_groups(network: nn.Sequential) -> None:
     torch.testing.assert_close(network(images), whole)
 
 
-@pytest.mark.parametrize("setting", [False, True, "auto"])
-def test_networks_are_compiled_on_request(
-    setting: Switch, network: nn.Sequential, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[nn.Module] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
-    compile_networks([network, network[0]], TrainingSettings(compile=setting))
-    assert compiled == [network, network[0]] * (setting is True)
-
-
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)]
+    ("precision", "dtype"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16), ("auto", torch.float32)],
 )
 def test_a_forward_pass_on_a_cpu_has_the_stated_precision(precision: str, dtype: torch.dtype) -> None:
     autocast = make_autocast(TrainingSettings(precision=precision), CPU)
     for _ in range(2):  # one context serves all steps
         with autocast:
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "dtype"),
+    [("auto", True, torch.bfloat16), ("auto", False, torch.float16), ("float32", True, torch.float32)],
+)
+def test_the_precision_on_a_gpu(
+    precision: str, native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert autocast_dtype(TrainingSettings(precision=precision), torch.device("cuda:0")) == dtype
+
+
+@pytest.mark.parametrize(("precision", "scaled"), [("auto", False), ("bfloat16", False), ("float16", True)])
+def test_only_float16_has_a_loss_scale(precision: str, scaled: bool) -> None:
+    assert (make_loss_scale(TrainingSettings(precision=precision), CPU) is not None) == scaled
+
+
+@pytest.fixture
+def backends() -> Iterator[None]:
+    """Puts torch's global switches back."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    allowed, benchmark = cudnn.allow_tf32, cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    cudnn.allow_tf32, cudnn.benchmark = allowed, benchmark
+
+
+@pytest.mark.usefixtures("backends")
+@pytest.mark.parametrize("tf32", [True, False])
+def test_a_gpu_uses_tf32_as_told_and_tries_its_convolutions(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    chosen = prepare_device(TrainingSettings(tf32=tf32, accumulate=2), torch.device("cuda:0"))
+    assert chosen == f"bfloat16, {'TF32, ' * tf32}channels_last, batches in 2 chunks"
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert torch.backends.cudnn.allow_tf32 == tf32
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("backends")
+def test_a_cpu_is_left_as_it_is() -> None:
+    torch.backends.cudnn.benchmark = False
+    assert prepare_device(TrainingSettings(checkpoint_activations=True), CPU) == "float32, activation checkpointing"
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.gpu

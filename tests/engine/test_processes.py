@@ -15,7 +15,7 @@ from uda_reid.engine.features import statistics_chunks
 from uda_reid.engine.optimizer import GuardedOptimizer
 from uda_reid.errors import UserError
 from uda_reid.models.batch_norm import set_batch_norm_group
-from uda_reid.settings import AdaptSettings, AugmentSettings, OptimSettings
+from uda_reid.settings import AdaptSettings, AugmentSettings, OptimSettings, TrainingSettings
 
 pytestmark = pytest.mark.slow
 
@@ -64,10 +64,10 @@ def work(images: ImageSet) -> dict[str, Any]:
     found: dict[str, Any] = {f"batch, shared {shared}": draw(images, shared) for shared in (False, True)}
     found["chunks"] = [list(statistics_chunks(images, size, CPU)) for size in (2, 6, 100)]
     found |= {name: train(name) for name in OPTIMIZERS}
-    check_processes(1, 0)
-    check_processes(2, 16)
+    check_processes(1, TrainingSettings())
+    check_processes(2, TrainingSettings(batch_norm_group=16))
     with pytest.raises(UserError) as error:
-        check_processes(1, 16)
+        check_processes(1, TrainingSettings(batch_norm_group=16))
     found["refusal"] = str(error.value)
     return found
 
@@ -116,4 +116,4 @@ def test_two_processes_train_like_one_and_skip_the_same_steps(name: str, process
 
 def test_too_many_processes_are_refused(processes: list[dict[str, Any]]) -> None:
     for each in processes:
-        assert "too few for 2 processes; start at most 1, or raise instances." in each["refusal"]
+        assert "too few for 2 processes; processes times training.accumulate can be 1 at most" in each["refusal"]

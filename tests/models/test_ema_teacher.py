@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from uda_reid.models.ema_teacher import make_teacher, update_teacher
+from uda_reid.models.ema_teacher import EmaTeacher
 
 
 def network() -> nn.Module:
@@ -24,11 +24,11 @@ def train_a_step(student: nn.Module) -> None:
 @pytest.mark.parametrize("alpha", [0.999, 0.6])
 def test_teacher_is_the_rising_average_of_parameters_and_statistics(alpha: float) -> None:
     student = network()
-    teacher = make_teacher(student, alpha=alpha)
+    teacher = EmaTeacher(student, alpha=alpha)
     expected = deepcopy(student.state_dict())
     for step in range(6):
         train_a_step(student)
-        update_teacher(teacher, student, step)
+        teacher.follow(student, step)
         weight = min(1 - 1 / (step + 1), alpha)
         for key, value in student.state_dict().items():
             if value.is_floating_point():
@@ -43,27 +43,27 @@ def test_teacher_is_the_rising_average_of_parameters_and_statistics(alpha: float
 
 def test_the_average_stops_rising_at_alpha() -> None:
     student, step = network(), 5000
-    teacher = make_teacher(student, alpha=0.999)
+    teacher = EmaTeacher(student, alpha=0.999)
     before = teacher.module[3].weight.clone()
     train_a_step(student)
-    update_teacher(teacher, student, step)
+    teacher.follow(student, step)
     assert torch.allclose(teacher.module[3].weight, 0.999 * before + 0.001 * student[3].weight, atol=1e-7)
 
 
 def test_the_first_steps_are_the_plain_mean_of_the_students() -> None:
     student = network()
-    teacher = make_teacher(student)
+    teacher = EmaTeacher(student)
     seen = []
     for step in range(4):
         train_a_step(student)
-        update_teacher(teacher, student, step)
+        teacher.follow(student, step)
         seen.append(student[0].weight.detach().clone())
     assert torch.allclose(teacher.module[0].weight, torch.stack(seen).mean(dim=0), atol=1e-6)
 
 
 def test_teacher_starts_as_a_frozen_copy_in_evaluation_mode() -> None:
     student = network()
-    teacher = make_teacher(student).module
+    teacher = EmaTeacher(student).module
     images = torch.randn(2, 3, 4, 4)
     assert torch.equal(teacher(images), student.eval()(images))
     assert not teacher.training

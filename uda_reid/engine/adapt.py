@@ -12,11 +12,12 @@ import torch
 from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.distributed import all_gather_outputs, shard, wrap_ddp
+from uda_reid.engine.accumulation import in_chunks
 from uda_reid.engine.batches import LevelBatches, check_processes
 from uda_reid.engine.features import extract_features, statistics_chunks
 from uda_reid.engine.meter import LossMeter, NonFiniteGuard
 from uda_reid.engine.optimizer import GuardedOptimizer, learning_rate_factor
-from uda_reid.engine.prepare import make_autocast
+from uda_reid.engine.prepare import make_autocast, make_loss_scale
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.strategy import Strategy
 from uda_reid.report.training_report import TrainingReport
@@ -48,14 +49,18 @@ def adapt(
     Raises:
         UserError: consecutive steps were not finite, or there are more processes than a batch can serve.
     """
-    check_processes(settings.instances, training.batch_norm_group)
+    check_processes(settings.instances, training)
     autocast = make_autocast(training, device)
     state.track_module("strategy", strategy, resize=strategy.resize_heads)
-    all_levels = wrap_ddp(strategy.networks, some_unused=False)
-    optimizer = GuardedOptimizer(settings.optim, strategy.trained, strategy.whole_batch, strategy.head_list)
+    chunked = in_chunks(strategy.networks, training.accumulate)
+    all_levels = wrap_ddp(chunked, some_unused=False)
+    loss_scale = make_loss_scale(training, device)
+    trained = (strategy.trained, strategy.whole_batch, strategy.head_list)
+    optimizer = GuardedOptimizer(settings.optim, *trained, loss_scale=loss_scale)
     batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
     meter = LossMeter(strategy.loss_names, device)
-    guard = NonFiniteGuard(strategy.loss_names, training.patience, target.files, "adapt")
+    patience = training.patience + optimizer.spare_skips
+    guard = NonFiniteGuard(strategy.loss_names, patience, target.files, "adapt")
     state.track("optimizer", optimizer)
     state.track("batches", batches)
     state.track("meter", meter)
@@ -87,7 +92,7 @@ def adapt(
 
         strategy.train()
         # A skipped level leaves parameters without a gradient, which DistributedDataParallel has to be told.
-        networks = wrap_ddp(strategy.networks, some_unused=True) if state.row["skipped_levels"] else all_levels
+        networks = wrap_ddp(chunked, some_unused=True) if state.row["skipped_levels"] else all_levels
         title = f"epoch {epoch + 1}/{settings.epochs}"
         for batch in report.track(
             batches.draw(epoch, state.steps(settings.steps)), title, settings.steps * batches.size, len

@@ -11,7 +11,7 @@ from uda_reid.data.image_set import ImageSet
 from uda_reid.distributed import shard, world_size
 from uda_reid.errors import UserError
 from uda_reid.seeding import seed_step
-from uda_reid.settings import AdaptSettings, PretrainSettings
+from uda_reid.settings import AdaptSettings, PretrainSettings, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,22 @@ class LevelBatches:
         return torch.cat(shares), [slice(end - len(share), end) for end, share in zip(ends, shares, strict=True)]
 
 
-def check_processes(instances: int, batch_norm_group: int) -> None:
-    """Refuses more processes than a small batch has images for.
+def check_processes(instances: int, training: TrainingSettings) -> None:
+    """Refuses more processes and chunks than a small batch has images for.
 
     Args:
         instances: K; a batch holds at least two identities.
-        batch_norm_group: 0 takes batch statistics over all processes, any other value needs two images in each.
+        training: with `batch_norm_group` 0 and `accumulate` 1, batch statistics are taken over all processes; otherwise
+            each chunk of each process needs two images.
 
     Raises:
-        UserError: there are more than 2 K processes, or K with a group.
+        UserError: processes times chunks is above 2 K, or K where each needs two images.
     """
-    most = instances if batch_norm_group else 2 * instances
-    if world_size() > most:
+    shares = world_size() * training.accumulate
+    most = instances if training.batch_norm_group or training.accumulate > 1 else 2 * instances
+    if shares > most:
+        chunks = f" of {training.accumulate} chunks each" if training.accumulate > 1 else ""
         raise UserError(
-            f"A batch may hold as few as 2 x {instances} images, too few for {world_size()} processes; start at most "
-            f"{most}, or raise instances."
+            f"A batch may hold as few as 2 x {instances} images, too few for {world_size()} processes{chunks}; "
+            f"processes times training.accumulate can be {most} at most, so lower one of them or raise instances."
         )

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from uda_reid.distributed import all_reduce_mean
+from uda_reid.engine.loss_scale import LossScale
 from uda_reid.engine.state import REMEDY
+from uda_reid.models.batch_norm import batch_norms, changed_momentum
 from uda_reid.models.weights import check_state_dict
 from uda_reid.settings import OptimSettings
 
@@ -39,12 +41,17 @@ class GuardedOptimizer:
     """SGD, Adam or AdamW over networks and heads, which takes no step where a loss or a gradient is not finite.
 
     Whether a step counts is decided on the device, so the host never waits for it. A skipped step leaves parameters,
-    moments and batch-norm statistics as they were before its forward pass.
+    moments and batch-norm statistics as they were before its forward pass. Activations that the backward pass computes
+    a second time change no statistics either.
 
     Args:
         networks: trained on this process's rows of each batch, their gradients averaged by DistributedDataParallel.
         whole_batch: modules trained on whole batches by every process alike; their gradients are averaged here.
         heads: like `whole_batch`, but replaced every epoch (`replace_heads`).
+        loss_scale: of a float16 forward pass; None without one.
+
+    Attributes:
+        spare_skips: steps that may be skipped in a row although nothing is wrong, while the loss scale falls.
     """
 
     def __init__(
@@ -53,10 +60,15 @@ class GuardedOptimizer:
         networks: Sequence[nn.Module],
         whole_batch: Sequence[nn.Module] = (),
         heads: Sequence[nn.Module] = (),
+        *,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self._settings = settings
         self._networks, self._whole_batch, self._heads = networks, whole_batch, heads
+        self._norms = batch_norms(networks)
         self._network_statistics = _statistics(networks)
+        self._loss_scale = loss_scale
+        self.spare_skips = 0 if loss_scale is None else loss_scale.halvings
         self._optimizer = make_optimizer([*networks, *whole_batch], settings)
         self.replace_heads(heads)
 
@@ -84,25 +96,33 @@ class GuardedOptimizer:
             Scalar float32 on the device: 1 if the step was skipped, 0 if it was taken.
         """
         total = torch.stack(tuple(losses.values())).sum()
-        total.backward()
+        scale = None if self._loss_scale is None else self._loss_scale.value
+        with changed_momentum(self._norms, lambda momentum: 0.0):
+            (total if scale is None else total * scale).backward()
         whole = chain.from_iterable(module.parameters() for module in (*self._whole_batch, *self._heads))
         all_reduce_mean([p.grad for p in whole if p.grad is not None])
         all_reduce_mean(self._network_statistics)
         skipped = self._is_not_finite(total)
         for group in self._optimizer.param_groups:
             group["lr"] = group["full_lr"] * factor
-        # torch.amp.GradScaler tells fused optimizers in this way to skip a step on the device. The scaler itself would
-        # also scale the loss, which bfloat16 and float32 do not need, and would not restore batch-norm statistics.
-        vars(self._optimizer).update(found_inf=skipped, grad_scale=None)
+        # torch.amp.GradScaler tells fused optimizers in this way to skip a step on the device and to divide by a scale.
+        # The scaler itself decides by the gradients alone, and would not restore batch-norm statistics.
+        vars(self._optimizer).update(found_inf=skipped, grad_scale=scale)
         self._optimizer.step()
+        if self._loss_scale is not None:
+            self._loss_scale.update(skipped)
         self._optimizer.zero_grad(set_to_none=True)
         self._restore_statistics(skipped)
         return skipped
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the moments, as "parameter index.name". Settings and learning rates are functions of the recipe."""
+        """Returns the moments, as "parameter index.name", and the loss scale, if any, as "scale.name".
+
+        Settings and learning rates are functions of the recipe.
+        """
         state = self._optimizer.state_dict()["state"]
-        return {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+        moments = {f"{index}.{name}": tensor for index, values in state.items() for name, tensor in values.items()}
+        return moments | self._scale_state()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Restores what `state_dict` returned.
@@ -121,11 +141,17 @@ class GuardedOptimizer:
             for i in stepped
         }
         expected = {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
+        expected |= self._scale_state()
         what = "the saved training state of the optimizer"
         check_state_dict(state_dict, expected, what=what, remedy=REMEDY, check_dtype=True)
-        for name, moment in expected.items():
-            moment.copy_(state_dict[name])
+        for name, tensor in expected.items():
+            tensor.copy_(state_dict[name])
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        if self._loss_scale is None:
+            return {}
+        return {f"scale.{name}": tensor for name, tensor in self._loss_scale.state_dict().items()}
 
     def _moments_after_a_step(self) -> dict[str, Tensor]:
         """Returns what torch's optimizer stores of one parameter: its names, and which of them are scalars."""

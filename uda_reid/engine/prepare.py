@@ -1,31 +1,66 @@
-"""How networks are computed: device, memory format, batch statistics, compilation, precision."""
-
-from collections.abc import Iterable
+"""How networks are computed: device, memory format, batch statistics, checkpointing, precision."""
 
 import torch
 from torch import nn
 
+from uda_reid.engine.loss_scale import LossScale
 from uda_reid.models.batch_norm import set_batch_norm_group
+from uda_reid.models.checkpointing import set_activation_checkpointing
 from uda_reid.settings import TrainingSettings
 
 
 def prepare(module: nn.Module, training: TrainingSettings, device: torch.device) -> None:
-    """Moves a module to the device and memory format, and sets over which images its batch norms take statistics."""
-    channels_last = device.type == "cuda" if training.channels_last == "auto" else training.channels_last
-    layout = torch.channels_last if channels_last else torch.preserve_format
+    """Moves networks to the device and memory format, and sets up their batch statistics and checkpointing."""
+    layout = torch.channels_last if uses_channels_last(training, device) else torch.preserve_format
     module.to(device, memory_format=layout)  # type: ignore[call-overload]
     set_batch_norm_group(module, training.batch_norm_group)
+    set_activation_checkpointing(module, training.checkpoint_activations)
 
 
-def compile_networks(networks: Iterable[nn.Module], training: TrainingSettings) -> None:
-    """Compiles networks in place if the settings ask for it; their state dicts stay the same."""
-    if training.compile is True:
-        for network in networks:
-            network.compile()
+def autocast_dtype(training: TrainingSettings, device: torch.device) -> torch.dtype:
+    """Returns what the forward pass computes in: bfloat16, float16, or float32, which is no autocast.
+
+    "auto" is float32 on a CPU; on a GPU bfloat16 where it is native (from Ampere on), and float16 on older ones.
+    """
+    if training.precision != "auto":
+        chosen: torch.dtype = getattr(torch, training.precision)
+        return chosen
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def make_autocast(training: TrainingSettings, device: torch.device) -> torch.autocast:
-    """Returns the context manager of the forward pass: bfloat16 where the settings choose it, else float32."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    enabled = training.precision == "bfloat16" or (training.precision == "auto" and native)
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Returns the context manager of the forward pass, in the precision of `autocast_dtype`."""
+    dtype = autocast_dtype(training, device)
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
+
+
+def make_loss_scale(training: TrainingSettings, device: torch.device) -> LossScale | None:
+    """Returns the loss scale that float16 needs; None for other precisions."""
+    return LossScale(device) if autocast_dtype(training, device) == torch.float16 else None
+
+
+def prepare_device(training: TrainingSettings, device: torch.device) -> str:
+    """Sets how a GPU computes: TF32 as the settings say, and the fastest of cuDNN's convolutions for each shape.
+
+    Returns:
+        What was chosen, for the console, such as "bfloat16, TF32, channels_last" or "float32".
+    """
+    chosen = [str(autocast_dtype(training, device)).removeprefix("torch.")]
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = training.tf32
+        torch.backends.cudnn.benchmark = True
+        chosen += ["TF32"] * training.tf32
+    chosen += ["channels_last"] * uses_channels_last(training, device)
+    chosen += ["activation checkpointing"] * training.checkpoint_activations
+    chosen += [f"batches in {training.accumulate} chunks"] * (training.accumulate > 1)
+    return ", ".join(chosen)
+
+
+def uses_channels_last(training: TrainingSettings, device: torch.device) -> bool:
+    """Returns whether convolutions keep their channels innermost; "auto" is true on a GPU."""
+    return device.type == "cuda" if training.channels_last == "auto" else training.channels_last

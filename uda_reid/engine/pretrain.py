@@ -1,5 +1,6 @@
 """Supervised training of a source model on labelled images."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,12 @@ from torch import nn
 
 from uda_reid.data.image_set import ImageSet
 from uda_reid.distributed import all_gather_outputs, wrap_ddp
+from uda_reid.engine.accumulation import in_chunks
 from uda_reid.engine.batches import LevelBatches, check_processes
 from uda_reid.engine.meter import LossMeter, NonFiniteGuard
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, make_cross_instance, triplet_loss
 from uda_reid.engine.optimizer import GuardedOptimizer, Losses, learning_rate_factor
-from uda_reid.engine.prepare import make_autocast
+from uda_reid.engine.prepare import make_autocast, make_loss_scale
 from uda_reid.engine.state import TrainState
 from uda_reid.models.part_fusion import join_maps
 from uda_reid.models.reid_model import Classifiers, ReIDModel
@@ -24,7 +26,7 @@ SOURCE = "source"  # the one level of labels
 
 
 class SourceNetwork(nn.Module):
-    """The model, returning what the losses read.
+    """The model, returning what the losses read under the one level of a source; `Strategy.networks` of pre-training.
 
     Args:
         with_map: return the joined map too, for the X-ReID objective.
@@ -35,10 +37,12 @@ class SourceNetwork(nn.Module):
         self.model = model
         self.with_map = with_map
 
-    def forward(self, images: torch.Tensor, camera_indices: torch.Tensor) -> GlobalOutput:
+    def forward(
+        self, images: torch.Tensor, camera_indices: torch.Tensor, rows: Mapping[str, slice]
+    ) -> dict[str, GlobalOutput]:
         output = self.model(images, camera_indices)
         feature_map = join_maps(output.maps) if self.with_map else None
-        return GlobalOutput(output.embeddings, output.bn_embeddings, feature_map)
+        return dict.fromkeys(rows, GlobalOutput(output.embeddings, output.bn_embeddings, feature_map))
 
 
 class SourceObjective(nn.Module):
@@ -99,15 +103,16 @@ def pretrain(
     Raises:
         UserError: consecutive steps were not finite, or there are more processes than a batch can serve.
     """
-    check_processes(settings.instances, training.batch_norm_group)
+    check_processes(settings.instances, training)
     autocast = make_autocast(training, device)
     state.track_module("model", model)
     state.track_module("objective", objective)
-    network = wrap_ddp(SourceNetwork(model, with_map=objective.cross is not None), some_unused=False)
-    optimizer = GuardedOptimizer(settings.optim, [model], [objective])
+    network = in_chunks(SourceNetwork(model, with_map=objective.cross is not None), training.accumulate)
+    network = wrap_ddp(network, some_unused=False)
+    optimizer = GuardedOptimizer(settings.optim, [model], [objective], loss_scale=make_loss_scale(training, device))
     batches = LevelBatches(source, settings, seed=seed, device=device)
     meter = LossMeter(objective.loss_names, device)
-    guard = NonFiniteGuard(objective.loss_names, training.patience, source.files, "pretrain")
+    guard = NonFiniteGuard(objective.loss_names, training.patience + optimizer.spare_skips, source.files, "pretrain")
     state.track("optimizer", optimizer)
     state.track("batches", batches)
     state.track("meter", meter)
@@ -123,9 +128,9 @@ def pretrain(
         title, images = f"epoch {epoch + 1}/{settings.epochs}", steps * batches.size
         for batch in report.track(batches.draw(epoch, state.steps(steps)), title, images, len):
             with autocast:
-                output = network(batch.images, batch.camera_indices)
-                output = all_gather_outputs({SOURCE: output}, batch.sizes)[SOURCE]
-                losses = objective(output, batch.labels[SOURCE])
+                outputs = network(batch.images, batch.camera_indices, batch.rows)
+                outputs = all_gather_outputs(outputs, batch.sizes)
+                losses = objective(outputs[SOURCE], batch.labels[SOURCE])
             factor = learning_rate_factor(epoch + batch.step / steps, settings.epochs, settings.optim)
             skipped = optimizer.step(losses, factor)
             guard.update(f"step {batch.step + 1} of epoch {epoch + 1}", meter.update(losses, skipped), batch.indices)

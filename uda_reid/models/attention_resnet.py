@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.layers import EcaModule
 from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
@@ -134,10 +135,11 @@ class SamIbn(nn.Module):
             )
         net = self.resnet
         first = self.eca[0](net.act1(net.bn1(net.conv1(images))))
-        second = self.eca[1](net.layer1(net.maxpool(first)))
-        third = self.eca[2](net.layer2(second))
-        fourth = self.eca[3](net.layer3(third))
-        feature_map = self.eca[4](net.layer4(fourth))
+        run = checkpoint_seq if net.grad_checkpointing else _run
+        second = self.eca[1](run(net.layer1, net.maxpool(first)))
+        third = self.eca[2](run(net.layer2, second))
+        fourth = self.eca[3](run(net.layer3, third))
+        feature_map = self.eca[4](run(net.layer4, fourth))
         if self.fusion is not None:
             feature_map = self.fusion(third, fourth, feature_map)
         return BackboneOutput((self.pooling(feature_map),), (feature_map,))
@@ -167,6 +169,11 @@ class MultiLevelFusion(nn.Module):
     def forward(self, third: Tensor, fourth: Tensor, fifth: Tensor) -> Tensor:
         levels = torch.cat([self.pool_third(third), self.pool_fourth(fourth), fifth], dim=1)
         return torch.relu(self.norm(self.mix(levels)))
+
+
+def _run(stage: nn.Module, feature_map: Tensor) -> Tensor:
+    output: Tensor = stage(feature_map)
+    return output
 
 
 def _replace_convolutions(resnet: Any, image_size: tuple[int, int], heads: int, halvings: int) -> None:

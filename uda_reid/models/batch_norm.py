@@ -5,6 +5,9 @@ Hoffer et al., "Train longer, generalize better", section 4, https://arxiv.org/a
 processes is the cross-GPU batch norm of Peng et al., "MegDet", section 3.2, https://arxiv.org/abs/1711.07240.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,6 +83,28 @@ def set_batch_norm_group(module: nn.Module, group: int) -> None:
         else:
             norm.__class__ = _GROUPED[plain]
             vars(norm)["group"] = group
+
+
+def batch_norms(networks: Iterable[nn.Module]) -> list[_BatchNorm]:
+    """Returns every batch norm of some networks, of any kind and at any depth."""
+    return [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+
+
+@contextmanager
+def changed_momentum(norms: Sequence[_BatchNorm], change: Callable[[float], float]) -> Iterator[None]:
+    """Gives batch norms another momentum for a while; those that take a plain mean (None) keep doing so.
+
+    Args:
+        change: returns the new momentum for the present one; 0 leaves the running statistics as they are.
+    """
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None if norm.momentum is None else change(norm.momentum)
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class GroupedBatchNorm(_BatchNorm):

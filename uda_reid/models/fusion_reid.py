@@ -4,11 +4,14 @@ Wang et al., "Unity is Strength: Unifying Convolutional and Transformeral Featur
 Re-Identification", https://arxiv.org/abs/2412.17239, code: https://github.com/924973292/FusionReID
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uda_reid.errors import UserError
 from uda_reid.models.backbone import BackboneOutput
@@ -221,6 +224,11 @@ class FusionReID(nn.Module):
         self.output_names = ("cnn", "transformer", "cnn_query", "transformer_query", *fused)
         self.output_widths = (cnn.channels, transformer.channels, width, width, *(width for _ in fused))
         self.map_channels = 2 * width
+        self.grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Computes the activations of the HTMs again in the backward pass; the trunks have switches of their own."""
+        self.grad_checkpointing = enable
 
     def forward(self, images: Tensor, camera_ids: Tensor | None = None) -> BackboneOutput:
         cnn_map = self.cnn(images)
@@ -237,7 +245,8 @@ class FusionReID(nn.Module):
             transformer_tokens = transformer_refined.flatten(2).transpose(1, 2)
             cnn_fused, transformer_fused = cnn_query.unsqueeze(1), transformer_query.unsqueeze(1)
             for htm in self.htm:
-                cnn_fused, transformer_fused = htm(cnn_fused, transformer_fused, cnn_tokens, transformer_tokens)
+                run = partial(checkpoint, htm, use_reentrant=False) if self.grad_checkpointing else htm
+                cnn_fused, transformer_fused = run(cnn_fused, transformer_fused, cnn_tokens, transformer_tokens)
             vectors += (cnn_fused[:, 0], transformer_fused[:, 0])
         return BackboneOutput(vectors, (cnn_refined, transformer_refined))
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
+from timm.models import checkpoint_seq
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -97,7 +98,10 @@ class VitTrunk(nn.Module):
         tokens = self.model._pos_embed(self.model.patch_embed(images))
         if self.camera_embedding is not None:
             tokens = tokens + CAMERA_SCALE * self._camera_tokens(self.camera_embedding, camera_ids)
-        tokens = self.model.norm(self.model.blocks(self.model.norm_pre(tokens)))
+        tokens = self.model.norm_pre(tokens)
+        blocks = self.model.blocks
+        tokens = checkpoint_seq(blocks, tokens) if self.model.grad_checkpointing else blocks(tokens)
+        tokens = self.model.norm(tokens)
         patches = tokens[:, self.model.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
         return VitOutput(tokens[:, 0], patches)
 

@@ -38,7 +38,7 @@ from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, make_cross_instance, triplet_loss
 from uda_reid.engine.optimizer import Losses
 from uda_reid.engine.strategy import Strategy
-from uda_reid.models.ema_teacher import make_teacher, update_teacher
+from uda_reid.models.ema_teacher import EmaTeacher
 from uda_reid.models.part_fusion import FusionModules, PartOutput, PartReIDModel, PooledPart
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import LF2Settings
@@ -70,7 +70,7 @@ class LF2Networks(nn.Module):
     def __init__(self, model: ReIDModel, settings: LF2Settings, *, with_map: bool) -> None:
         super().__init__()
         self.student = PartReIDModel(model, settings.parts)
-        self.ema = make_teacher(self.student, alpha=settings.teacher_momentum) if settings.teacher else None
+        self.ema = EmaTeacher(self.student, alpha=settings.teacher_momentum) if settings.teacher else None
         fuses = settings.fusion_module and settings.parts > 0
         self.fusion = FusionModules(model.map_channels, settings.parts, settings.reduction) if fuses else None
         self.part_levels = level_names(settings.parts)[1:]
@@ -237,7 +237,7 @@ class LF2(Strategy):
     def after_step(self, step: int) -> None:
         """Moves the teacher towards the student."""
         if self.networks.ema is not None:
-            update_teacher(self.networks.ema, self.networks.student, step)
+            self.networks.ema.follow(self.networks.student, step)
 
 
 def level_names(parts: int) -> tuple[str, ...]:

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 
 import torch
 from common import QUIET
-from plain_lf2 import PlainLF2
+from plain_lf2 import PlainLF2, use_torch_defaults
 from stopwatch import Took, matrix_peak, time_once
 from torch import Tensor, nn
 
 from uda_reid.build import build_strategy, load_image_set, make_model, open_data
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.records import Records, anonymize
-from uda_reid.distributed import pick_device
+from uda_reid.distributed import init_device
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.features import statistics_chunks
 from uda_reid.engine.meter import LossMeter
 from uda_reid.engine.optimizer import GuardedOptimizer
-from uda_reid.engine.prepare import compile_networks, make_autocast
+from uda_reid.engine.prepare import autocast_dtype, make_autocast, make_loss_scale, prepare_device
 from uda_reid.engine.state import TrainState
 from uda_reid.errors import UserError
 from uda_reid.models.part_fusion import PartOutput
@@ -50,7 +50,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
         self.options = options
-        self.device = pick_device(options.device)
+        self.device = init_device(options.device)
         self.recipe = self.recipe_with()
         self.autocast = make_autocast(self.recipe.training, self.device)
         self._models: dict[str, ReIDModel] = {}  # drawing the weights of large ones takes seconds
@@ -70,7 +70,8 @@ class Bench:
     def peaks(self) -> dict[str, float]:
         """FLOP/s of matrix products by precision."""
         size = 8192 if self.on_gpu else 2048
-        return {name: matrix_peak(getattr(torch, name), self.device, size) for name in ("float32", "bfloat16")}
+        names = dict.fromkeys(("float32", "bfloat16", self.precision))
+        return {name: matrix_peak(getattr(torch, name), self.device, size) for name in names}
 
     @property
     def on_gpu(self) -> bool:
@@ -79,8 +80,7 @@ class Bench:
     @property
     def precision(self) -> str:
         """The precision of this package's forward passes."""
-        with self.autocast:
-            return "bfloat16" if torch.is_autocast_enabled(self.device.type) else "float32"
+        return str(autocast_dtype(self.recipe.training, self.device)).removeprefix("torch.")
 
     def decode(self) -> ImageSet:
         """Decodes the target's images, which is done once a run."""
@@ -92,12 +92,16 @@ class Bench:
         fixed = ("adapt.epochs=1", f"adapt.steps={self.options.steps}", "adapt.refresh_statistics=false")
         return load_recipe(self.options.recipe, [*self.options.set, *fixed, *overrides], "lf2")
 
-    def strategy(self, recipe: Recipe) -> LF2:
-        """Returns LF2 around a model with random weights, the same each time."""
+    def model(self, recipe: Recipe) -> ReIDModel:
+        """Returns a model with random weights, the same each time."""
         name = recipe.model.backbone
         if name not in self._models:
             self._models[name] = make_model(recipe, 1, seed=SEED, pretrained=False)
-        strategy = build_strategy(recipe, deepcopy(self._models[name]), seed=SEED, device=self.device)
+        return deepcopy(self._models[name])
+
+    def strategy(self, recipe: Recipe) -> LF2:
+        """Returns LF2 around a model with random weights, the same each time."""
+        strategy = build_strategy(recipe, self.model(recipe), seed=SEED, device=self.device)
         assert isinstance(strategy, LF2)
         return strategy
 
@@ -114,7 +118,9 @@ class StepWorks:
         recipe = bench.recipe_with(f"model.backbone={backbone}", *overrides)
         settings, self.training = recipe.adapt, recipe.training
         self.autocast = make_autocast(self.training, bench.device)
+        prepare_device(self.training, bench.device)
         self.strategy = strategy = bench.strategy(recipe)
+        self._compile(strategy.encoders)
         networks, each = strategy.networks, settings.identities * settings.instances
         self.size = each if shared else each * len(strategy.levels)
         starts = [0 if shared else number * each for number in range(len(strategy.levels))]
@@ -124,9 +130,9 @@ class StepWorks:
         self.images, self.cameras = bench.data.plain(torch.arange(self.size) % len(bench.data), bench.device)
         strategy.heads["classifiers"] = Classifiers(strategy.output_widths, CLASSES).to(bench.device)
         strategy.train()
-        self.optimizer = GuardedOptimizer(
-            settings.optim, strategy.trained, strategy.whole_batch, list(strategy.heads.values())
-        )
+        trained = (strategy.trained, strategy.whole_batch, list(strategy.heads.values()))
+        loss_scale = make_loss_scale(self.training, bench.device)
+        self.optimizer = GuardedOptimizer(settings.optim, *trained, loss_scale=loss_scale)
         self.meter = LossMeter(strategy.loss_names, bench.device)
         self.step = settings.steps
         self._encode, self._encoded = networks.teacher.forward, dict[int, PartOutput]()
@@ -136,7 +142,7 @@ class StepWorks:
     def trunk(self) -> nn.Module:
         """The bare backbone, made when it is first run, so that it takes no memory before."""
         trunk = deepcopy(self.strategy.networks.student.reid.backbone)
-        compile_networks([trunk], self.training)
+        self._compile([trunk])
         return trunk
 
     def bare(self) -> None:
@@ -160,6 +166,11 @@ class StepWorks:
         """Runs the teacher forward."""
         with torch.no_grad(), self.autocast:
             self._encode(self.images, self.cameras)
+
+    def _compile(self, networks: Sequence[nn.Module]) -> None:
+        if self.training.compile is True:  # "auto" is a question of how long a run is
+            for network in networks:
+                network.compile()
 
     def _encode_once(self, images: Tensor, cameras: Tensor) -> PartOutput:
         if len(images) not in self._encoded:
@@ -225,12 +236,14 @@ class EpochWorks:
         return adapt(strategy, data, *settings, seed=SEED, device=device, state=TrainState(), report=report)[0]
 
     def _ours(self, strategy: LF2, recipe: Recipe) -> Epoch:
+        prepare_device(recipe.training, self.bench.device)
         took, row = time_once(partial(self.adapt, strategy, recipe), self.bench.device)
         clusters = {level: (count, row["outliers"][level]) for level, count in row["clusters"].items()}
         return Epoch(took, row["losses"], clusters)
 
     def _plain(self, strategy: LF2, recipe: Recipe) -> Epoch:
         bench = self.bench
+        use_torch_defaults()
         loop = PlainLF2(
             strategy.networks,
             bench.records.paths,

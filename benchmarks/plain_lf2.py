@@ -222,6 +222,13 @@ class PlainLF2:
         return first, second, third
 
 
+def use_torch_defaults() -> None:
+    """Lets a GPU compute as torch does unasked: convolutions may use TF32, products may not, nothing is tuned."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = False
+
+
 def plain_optimizer(modules: Sequence[nn.Module], settings: OptimSettings) -> torch.optim.Optimizer:
     """Returns the recipe's optimizer in torch's default implementation."""
     named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]

@@ -24,12 +24,12 @@ from common import QUIET, make_parser, print_json, table
 from lf2_works import SEED, Bench, StepWorks
 from stopwatch import peak_bytes, ratio, take_turns, time_once, wait_for
 
-from uda_reid.build import make_model
 from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.adapt import adapt
-from uda_reid.engine.prepare import compile_networks, prepare
+from uda_reid.engine.prepare import prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
+from uda_reid.errors import UserError
 from uda_reid.report.training_report import TrainingReport
 from uda_reid.settings import BACKBONES, ImageSettings, Recipe
 
@@ -141,6 +141,7 @@ def student(bench: Bench, training: list[str]) -> Row:
 def loop(bench: Bench, training: list[str]) -> Row:
     """Measures steps of `pretrain` or `adapt` in one setting."""
     recipe, clock = bench.recipe_with(*training), StepClock(bench.device)
+    prepare_device(recipe.training, bench.device)
     run = pretrain_loop if bench.options.what == "pretrain" else adapt_loop
     peak = peak_bytes(lambda: run(bench, recipe, clock), bench.device)
     seconds = clock.seconds()
@@ -149,21 +150,17 @@ def loop(bench: Bench, training: list[str]) -> Row:
 
 
 def pretrain_loop(bench: Bench, recipe: Recipe, clock: StepClock) -> None:
-    """Trains a source model as `runs.run_pretrain` does."""
+    """Trains a source model for an epoch, as `runs.run_pretrain` does."""
     labels = torch.arange(len(bench.data)) // INSTANCES
-    model = make_model(recipe, 1, seed=SEED, pretrained=False)
+    model = bench.model(recipe)
     objective = SourceObjective(model, int(labels.max()) + 1, recipe.pretrain).to(bench.device)
     prepare(model, recipe.training, bench.device)
-    compile_networks([model], recipe.training)
-    settings = recipe.pretrain, recipe.training
-    state = TrainState()
-    pretrain(
-        model, objective, bench.data, labels.numpy(), *settings, seed=SEED, device=bench.device, state=state, report=clock
-    )
+    settings, position = (recipe.pretrain, recipe.training), {"state": TrainState(), "report": clock}
+    pretrain(model, objective, bench.data, labels.numpy(), *settings, seed=SEED, device=bench.device, **position)
 
 
 def adapt_loop(bench: Bench, recipe: Recipe, clock: StepClock) -> None:
-    """Adapts a model as `runs.run_adapt` does."""
+    """Adapts a model for an epoch, as `runs.run_adapt` does."""
     settings = recipe.adapt, recipe.training
     strategy = bench.strategy(recipe)
     adapt(strategy, bench.data, *settings, seed=SEED, device=bench.device, state=TrainState(), report=clock)
@@ -182,7 +179,7 @@ def measure(bench: Bench) -> dict[str, Row]:
         training = [f"training.{override}" for override in SETTINGS[bench.options.what][name]]
         try:
             rows[name] = measure_one(bench, training)
-        except RuntimeError as error:  # out of memory, or what a compiler cannot do
+        except (RuntimeError, UserError) as error:  # out of memory, or what a compiler cannot do
             rows[name] = {"failed": str(error).strip().splitlines()[0]}
         print(name, rows[name], flush=True)
         torch.compiler.reset()
@@ -204,7 +201,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=512, help="generated images")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a loop")
     parser.add_argument("--repeats", type=int, default=10, help="timed student steps")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.settings or ()) - SETTINGS[options.what].keys():
+        parser.error(f"--settings of {options.what} are {', '.join(SETTINGS[options.what])}; got {', '.join(unknown)}.")
+    return options
 
 
 def main() -> None:

@@ -104,13 +104,13 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if on_gpu else None
 
 
-def kernel_seconds(work: Work, device: torch.device) -> float:
-    """Returns the seconds that a GPU worked during one call."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+def kernel_seconds(work: Work, device: torch.device) -> float | None:
+    """Returns the seconds that a GPU worked during one call; None if the profiler saw none of its work."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         time_once(work, device)
     on_device = [
         event
         for event in profiled.key_averages()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    return sum(event.self_device_time_total for event in on_device) / 1e6
+    return sum(event.self_device_time_total for event in on_device) / 1e6 if on_device else None

@@ -154,7 +154,7 @@ def first_losses(epochs: EpochWorks) -> Section:
     of batch norm once for each level, this package once for each step, by the mean over the levels.
     """
     still = ["adapt.augment.flip=0", "adapt.augment.pad=0", "adapt.augment.erase=0", "training.precision=float32"]
-    still += [f"adapt.steps={CHECKED}", "adapt.optim.warmup_epochs=0"]
+    still += [f"adapt.steps={CHECKED}", "adapt.optim.warmup_epochs=0", "training.tf32=false"]
     plain, ours = (epochs.epoch(form, *still) for form in (PLAIN, GROUPED))
     difference = max(abs(plain.losses[name] / ours.losses[name] - 1) for name in plain.losses)
     same = plain.clusters == ours.clusters
@@ -205,10 +205,11 @@ def on_the_gpu(bench: Bench, epochs: EpochWorks, timed: Any, steps: Any) -> Sect
             projected[form] = SCHEDULE["epochs"] * (once + SCHEDULE["steps"] * step) / 3600
         recipe = bench.recipe_with("adapt.shared_batch=false")
         work = partial(epochs.adapt, epochs.strategy(recipe), recipe)
-        idle = 1 - kernel_seconds(work, bench.device) / timed[JOINT]["seconds"]
+        busy = kernel_seconds(work, bench.device)
+        idle = NOT_MEASURED if busy is None else 1 - busy / timed[JOINT]["seconds"]
     shown = {form: f"{hours:.1f}" if bench.on_gpu else hours for form, hours in projected.items()}
     lines = table(["LF2's full schedule (80 x 400 steps), hours", *shown], [["projected", *shown.values()]])
-    share = f"{100 * idle:.0f} %" if bench.on_gpu else idle
+    share = idle if isinstance(idle, str) else f"{100 * idle:.0f} %"
     lines += ["", f"Share of an epoch ('{JOINT}') in which the GPU idles: {share}"]
     return lines, {"projected_hours": projected, "idle_share": idle}
 

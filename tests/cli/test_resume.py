@@ -130,9 +130,11 @@ def test_other_images_than_the_run_began_with_are_refused(tiny_root: Path, tmp_p
     short = [*OFTEN, "--set", "pretrain.steps=2", "--device", "cpu"]
     arguments = ["pretrain", "--source", folder, "--recipe", "demo", "--out", run, *settings(), *short]
     assert invoke(*arguments).exit_code == 0
-    state = TrainState(StateFiles(run, lambda text: None))
+    files = StateFiles(run, lambda text: None)
+    state = TrainState(files)
     state.check_images([path.name for path in sorted((folder / "bounding_box_train").iterdir())])
     assert list(state.epochs(1)) == [0]  # a state is saved after the epoch
+    files.flush()
     (run / "summary.json").unlink()
     next((folder / "bounding_box_train").iterdir()).unlink()
     assert "restore the data set, or start a new run" in refused(invoke("pretrain", "--resume", run))

@@ -1,8 +1,9 @@
 """A training that is killed at any step and resumed ends with the same bits; a state that does not fit is refused."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,16 @@ def no_warning(text: str) -> None:
     raise AssertionError(text)
 
 
+class WrittenAtOnce(StateFiles):
+    """Waits for each file: here a killed training leaves its process alive, and with it the thread that writes."""
+
+    def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        super().save(tensors, metadata)
+        self.flush()
+
+
 def resume(folder: Path, minutes: float = 0.0) -> TrainState:
-    files = StateFiles(folder, no_warning)
+    files = WrittenAtOnce(folder, no_warning)
     return TrainState(files, minutes, files.newest())
 
 

@@ -6,15 +6,18 @@ import random
 import resource
 import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from uda_reid.engine import state_files
 from uda_reid.engine.state_files import SavedState, StateFiles
 
 METADATA = {"epoch": 3, "best": 0.1 + 0.2, "done": None, "names": ["é\n", '"'], "seed": 2**63, "nested": {"x": [1.5]}}
@@ -25,6 +28,12 @@ def open_files(folder: Path) -> tuple[StateFiles, list[str]]:
     """States in a folder, and the warnings about them."""
     warnings: list[str] = []
     return StateFiles(folder, warnings.append), warnings
+
+
+def save(files: StateFiles, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Saves a state and waits for the file."""
+    files.save(tensors, metadata)
+    files.flush()
 
 
 def newest(files: StateFiles) -> SavedState:
@@ -45,7 +54,7 @@ def save_some(folder: Path, count: int) -> tuple[StateFiles, list[str]]:
     """Saves states as one process does, and opens their folder as the next one does."""
     files, warnings = open_files(folder)
     for number in range(1, count + 1):
-        files.save(small(number), {"epoch": number})
+        save(files, small(number), {"epoch": number})
     assert warnings == []
     return open_files(folder)
 
@@ -79,7 +88,7 @@ def odd_tensors() -> dict[str, Tensor]:
 def test_a_round_trip_keeps_every_bit(tmp_path: Path, assert_same: Same) -> None:
     files, warnings = open_files(tmp_path)
     tensors = odd_tensors()
-    files.save(tensors, METADATA)
+    save(files, tensors, METADATA)
     state = newest(open_files(tmp_path)[0])
     assert (state.path, state.metadata) == (tmp_path / name(1), METADATA)
     assert_same(state.tensors, tensors)
@@ -89,7 +98,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path, assert_same: Same) -> None
 
 def test_tensors_that_shared_memory_no_longer_do(tmp_path: Path, assert_same: Same) -> None:
     files, _ = open_files(tmp_path)
-    files.save(odd_tensors(), {})
+    save(files, odd_tensors(), {})
     tensors = newest(files).tensors
     tensors["base"].zero_()
     assert_same({**tensors, "base": odd_tensors()["base"]}, odd_tensors() | {"random_state": tensors["random_state"]})
@@ -100,15 +109,46 @@ def test_tensors_that_shared_memory_no_longer_do(tmp_path: Path, assert_same: Sa
 def test_tensors_on_the_gpu_come_back_on_the_cpu(tmp_path: Path, assert_same: Same) -> None:
     files, _ = open_files(tmp_path)
     tensors = {key: tensor.cuda() for key, tensor in odd_tensors().items()}
-    files.save(tensors, {})
+    save(files, tensors, {})
     state = newest(files)
     assert_same(state.tensors, tensors)
     assert {tensor.device.type for tensor in state.tensors.values()} == {"cpu"}
 
 
+def test_a_state_is_the_one_of_its_call_although_training_goes_on(tmp_path: Path) -> None:
+    files, warnings = open_files(tmp_path)
+    weights = torch.zeros(500_000)
+    for epoch in range(4):
+        weights.fill_(epoch)
+        files.save({"w": weights}, {"epoch": epoch})
+    weights.fill_(-1)
+    state = newest(files)  # waits for the file
+    assert state.metadata == {"epoch": 3}
+    assert state.tensors["w"].eq(3).all()
+    assert sorted(os.listdir(tmp_path)) == [name(3), name(4)]
+    assert warnings == []
+
+
+def test_save_returns_before_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    write = state_files.write_atomically
+
+    def slowly(path: Path, content: bytes) -> None:
+        assert go_on.wait(30)
+        write(path, content)
+
+    monkeypatch.setattr(state_files, "write_atomically", slowly)
+    files, _ = open_files(tmp_path)
+    files.save(small(1), {})
+    assert os.listdir(tmp_path) == []
+    go_on.set()
+    files.flush()
+    assert os.listdir(tmp_path) == [name(1)]
+
+
 def test_a_state_may_have_no_tensors(tmp_path: Path) -> None:
     files, _ = open_files(tmp_path)
-    files.save({}, {})
+    save(files, {}, {})
     state = newest(files)
     assert (state.tensors, state.metadata) == ({}, {})
 
@@ -226,8 +266,8 @@ def test_a_file_that_is_well_formed_but_changed_is_found(
     edits: list[tuple[str, str]], tmp_path: Path, assert_damaged: AssertDamaged
 ) -> None:
     files, _ = open_files(tmp_path)
-    files.save(small(1), {"epoch": 1})
-    files.save({"a": torch.zeros(3, 2), "b": torch.ones(3, 2)}, {"epoch": 2})
+    save(files, small(1), {"epoch": 1})
+    save(files, {"a": torch.zeros(3, 2), "b": torch.ones(3, 2)}, {"epoch": 2})
     damaged = (tmp_path / name(2)).read_bytes()
     for old, new in edits:
         assert old.encode() in damaged
@@ -275,7 +315,7 @@ def test_a_damaged_state_is_not_counted_among_the_two_that_stay(tmp_path: Path) 
     files, _ = save_some(tmp_path, 2)
     (tmp_path / name(2)).write_bytes(b"torn")
     files.newest()
-    files.save(small(3), {"epoch": 3})
+    save(files, small(3), {"epoch": 3})
     assert sorted(os.listdir(tmp_path)) == [name(1), name(3)]
 
 
@@ -301,11 +341,11 @@ def test_a_full_disk_leaves_the_earlier_states_and_one_sentence(
     files, warnings = save_some(tmp_path, 2)
     large = {"w": torch.zeros(100_000)}
     with largest_file(5_000):
-        files.save(large, {"epoch": 3})
+        save(files, large, {"epoch": 3})
     (warning,) = warnings
     assert_sentence(warning, tmp_path / name(3), "File too large", f"--resume would now use {name(2)}.")
     assert sorted(os.listdir(tmp_path)) == [name(1), name(2)]
-    files.save(large, {"epoch": 3})
+    save(files, large, {"epoch": 3})
     state = newest(files)
     assert (state.path.name, state.metadata) == (name(3), {"epoch": 3})
     assert len(warnings) == 1
@@ -315,7 +355,7 @@ def test_a_full_disk_over_a_damaged_state_names_the_one_before(tmp_path: Path) -
     files, warnings = save_some(tmp_path, 2)
     (tmp_path / name(2)).write_bytes(b"torn")
     with largest_file(100):
-        files.save(small(3), {})
+        save(files, small(3), {})
     assert f"--resume would now use {name(1)}." in warnings[0]
 
 
@@ -325,7 +365,7 @@ def test_the_first_state_that_cannot_be_written_leaves_none(
 ) -> None:
     files, warnings = open_files(tmp_path / folder)
     with largest_file(100):
-        files.save(small(1), {})
+        save(files, small(1), {})
     (warning,) = warnings
     assert_sentence(warning, tmp_path / folder / name(1), "--resume would now find no undamaged state.")
     assert os.listdir(tmp_path) == []
@@ -352,12 +392,12 @@ def test_the_old_state_stays_until_the_new_one_is_complete(
 
     monkeypatch.setattr(*((os, "fsync") if moment == "write" else (Path, "replace")), fail)
     if isinstance(error, OSError):
-        files.save(small(3), {})
+        save(files, small(3), {})
         (warning,) = warnings
         assert_sentence(warning, f"{name(3)} was not written safely (Input/output error)", f"would now use {name(2)}.")
     else:
         with pytest.raises(Killed):
-            files.save(small(3), {})
+            save(files, small(3), {})
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert newest(open_files(tmp_path)[0]).path.name == name(2)
@@ -386,7 +426,7 @@ def test_file_then_name_then_folder_reach_the_disk_before_anything_is_removed(
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", moved)
     monkeypatch.setattr(Path, "unlink", removed)
-    open_files(tmp_path)[0].save(small(3), {})
+    save(open_files(tmp_path)[0], small(3), {})
     assert done == ["sync file", f"move {name(3)}.partial", "sync folder", f"remove {name(1)}"]
 
 
@@ -403,7 +443,7 @@ def test_a_folder_that_cannot_be_synced_at_all_is_no_failure(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    files.save(small(3), {})
+    save(files, small(3), {})
     assert len(warnings) == warns
     assert len(os.listdir(tmp_path)) == (3 if warns else 2), "nothing may go while the new state is not safe"
     assert newest(files).path.name == name(3)
@@ -419,7 +459,7 @@ def test_a_state_that_cannot_be_removed_is_a_warning(
             raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    files.save(small(3), {})
+    save(files, small(3), {})
     (warning,) = warnings
     assert_sentence(warning, f"{name(1)} is no longer needed but cannot be removed (Operation not permitted)")
     assert len(os.listdir(tmp_path)) == 3

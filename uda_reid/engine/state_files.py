@@ -4,6 +4,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,21 +48,38 @@ class StateFiles:
         self.folder = folder
         self._warn = warn
         self._damaged: set[Path] = set()
+        self._writer = ThreadPoolExecutor(1, "state-writer")
+        self._writing: Future[None] | None = None
 
     def save(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Writes a state, then removes all but the newest two that are not known to be damaged.
+        """Copies a state and has it written in the background, so that training goes on; `flush` waits for the file.
 
-        If the disk refuses, that is a warning and the earlier states stay: a training is worth more than its state.
+        All but the newest two states that are not known to be damaged are then removed. If the disk refuses, that is a
+        warning and the earlier states stay: a training is worth more than its state.
 
         Args:
             tensors: name -> dense tensor of any shape and device and of a dtype that safetensors supports. Views and
-                tensors that share memory are allowed; they are separate when read.
+                tensors that share memory are allowed; they are separate when read. They may change after the call.
             metadata: anything JSON can hold.
         """
-        # safetensors takes only contiguous tensors that share no memory.
-        flat = {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
-        text = json.dumps(metadata)
-        content = save(flat, metadata={"format": FORMAT, "metadata": text, "digest": _digest(flat, text)})
+        self.flush()  # one copy at a time
+        copies = {name: _copy_to_host(tensor.detach()) for name, tensor in tensors.items()}
+        copied = None
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            copied = torch.cuda.Event()
+            copied.record()
+        self._writing = self._writer.submit(self._write, copies, json.dumps(metadata), copied)
+
+    def flush(self) -> None:
+        """Returns when every state that `save` was given is on disk or given up."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _write(self, tensors: dict[str, Tensor], text: str, copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        content = save(tensors, metadata={"format": FORMAT, "metadata": text, "digest": _digest(tensors, text)})
         path = self.folder
         try:
             earlier = self._files()
@@ -82,6 +100,7 @@ class StateFiles:
         Raises:
             OSError: the folder is there but cannot be listed.
         """
+        self.flush()
         for leftover in self._files(PARTIAL):
             self._delete(leftover)
         state, damaged = self._survey()
@@ -96,6 +115,7 @@ class StateFiles:
         Raises:
             OSError: the folder is there but cannot be listed.
         """
+        self.flush()
         for path in (*self._files(), *self._files(PARTIAL)):
             self._delete(path)
 
@@ -129,6 +149,12 @@ class StateFiles:
             path.unlink(missing_ok=True)
         except OSError as error:
             self._warn(f"The training state {path} is no longer needed but cannot be removed ({error.strerror}).")
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """Returns a contiguous copy, as safetensors needs it; one from a GPU is complete only later in its stream."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
 
 
 class _DamagedError(Exception):

@@ -35,10 +35,10 @@ def doctor(device: str, data_root: Path) -> dict[str, Any]:
     """Returns how many checks of the doctor passed, and what is said of those that failed."""
     found = run(CLI, "doctor", "--run", "--json", "--device", device, "--data-root", str(data_root), codes=(0, 1))
     report = json.loads(found)
-    checks = report["checks"]
+    checks = report["run"]["checks"]
     count = {status: sum(check["status"] == status for check in checks) for status in ("pass", "fail", "skip")}
     failures = {check["name"]: check["detail"] for check in checks if check["status"] == "fail"}
-    return {**count, "failures": failures, "problems": report.get("problems", []), "checks": checks}
+    return {**count, "failures": failures, "problems": report["problems"], "checks": checks}
 
 
 def tests() -> dict[str, Any]:

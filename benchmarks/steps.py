@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import QUIET, make_parser, print_json, table
+from common import QUIET, make_parser, print_json, table_head, table_row
 from lf2_works import SEED, Bench, StepWorks
 from stopwatch import peak_bytes, ratio, take_turns, time_once, wait_for
 
@@ -181,12 +181,22 @@ def measure(bench: Bench) -> dict[str, Row]:
             rows[name] = measure_one(bench, training)
         except (RuntimeError, UserError) as error:  # out of memory, or what a compiler cannot do
             rows[name] = {"failed": str(error).strip().splitlines()[0]}
-        print(name, rows[name], flush=True)
+        print(table_row([name, *shown(rows[name])]), flush=True)
         torch.compiler.reset()
         gc.collect()  # a failed step's tensors are in the cycles of its traceback
         if bench.on_gpu:
             torch.cuda.empty_cache()
     return rows
+
+
+def shown(row: Row) -> list[str]:
+    """Returns the cells of a row after its name."""
+    if "failed" in row:
+        return [row["failed"], "", "", ""]
+    speeds, share, peak = row["images_per_second"], row.get("share_of_bare"), row["peak_bytes"]
+    speed = speeds.get("student", speeds)["median"]
+    cells = [str(row["batch"]), f"{speed:,.0f}", f"{share['median']:.2f}" if share else ""]
+    return [*cells, "" if peak is None else f"{peak / 2**30:.1f}"]
 
 
 def parse() -> argparse.Namespace:
@@ -215,9 +225,8 @@ def main() -> None:
     options.set = [*fixed, *options.set]
     options.steps += WARM_UP
     bench = GeneratedBench(options)
+    print(table_head(["setting", "batch", "images/s", "of the bare trunk", "GPU memory, GiB"]), flush=True)
     rows = measure(bench)
-    speeds = [[name, str(row.get("images_per_second", row.get("failed")))] for name, row in rows.items()]
-    print("\n".join(table(["setting", "images/s"], speeds)))
     image = [bench.recipe.images.height, bench.recipe.images.width]
     print_json(f"steps {options.what}", recipe=options.recipe, backbone=options.backbone, image=image, rows=rows)
 

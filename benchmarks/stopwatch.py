@@ -106,7 +106,7 @@ def peak_bytes(work: Work, device: torch.device) -> int | None:
 
 def kernel_seconds(work: Work, device: torch.device) -> float | None:
     """Returns the seconds that a GPU worked during one call; None if the profiler saw none of its work."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         time_once(work, device)
     on_device = [
         event

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 STORE = PAGES / "gpu"
 MINUTES = 40.0
 FAILED, ABSENT = "failed", "absent"
+ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 def run_command(command: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
@@ -73,7 +75,9 @@ def run_command(command: Sequence[str], seconds: float, log: Path) -> dict[str, 
         lines, errors = printed.read().strip().splitlines(), said.read().strip().splitlines()
         said.write("\n".join(lines))
     if code:
-        return {"status": FAILED, "reason": errors[-1][:300] if errors and code > 0 else f"exit code {code}"}
+        named = [line for line in errors if ERROR.match(line)]  # torch prints advice below it
+        reason = (named or errors)[-1][:300] if errors and code > 0 else f"exit code {code}"
+        return {"status": FAILED, "reason": reason}
     try:
         return {"status": MEASURED, "figures": json.loads(lines[-1])}
     except (IndexError, ValueError):
@@ -205,6 +209,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part under way is killed too
     try:
         main()
     except UserError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import gpu
 import pytest
 import steps
+import torch
 import training
 from gpu_parts import PARTS, Part
 
@@ -23,7 +24,11 @@ log.write_text(log.read_text() + sys.argv[2] if log.exists() else sys.argv[2])
 print("not JSON")
 print(json.dumps({"figure": 7}))
 """
-FAILS = "raise ValueError('the card is on fire')"
+FAILS = """
+import atexit, sys
+atexit.register(print, "Consider another card.", file=sys.stderr)
+raise ValueError("the card is on fire")
+"""
 MUMBLES = "print('no figures today')"
 # Starts a process of its own and waits for ever.
 HANGS = """
@@ -82,6 +87,16 @@ def test_a_measured_part_is_stored_with_where_and_how_it_was_measured(programs: 
     assert record["tiny"] is True
     assert record["on_gpu"] is False
     assert [path.name for path in programs.out.iterdir() if path.suffix == ".partial"] == []
+
+
+def test_figures_of_a_gpu_carry_its_name(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {device}")
+    programs.bench = gpu.Bench(programs.out, device="cuda:1", data=programs.folder, tiny=False)
+    programs.run(programs.part("a"))
+    record = programs.record("a")
+    assert record["device"] == "NVIDIA cuda:1"
+    assert record["on_gpu"] is True
+    assert record["tiny"] is False
 
 
 def test_a_stored_part_is_measured_again_only_on_request(programs: Programs) -> None:

@@ -20,6 +20,7 @@ from uda_reid.engine.optimizer import GuardedOptimizer, learning_rate_factor
 from uda_reid.engine.prepare import make_autocast, make_loss_scale
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.throughput import Throughput
 from uda_reid.report.training_report import TrainingReport
 from uda_reid.seeding import SAMPLING, derive_seed
 from uda_reid.settings import AdaptSettings, TrainingSettings
@@ -44,7 +45,7 @@ def adapt(
         state: position of the run; a resumed one continues from there.
 
     Returns:
-        One row an epoch: clusters, outliers and skipped levels, losses, steps, skipped steps, seconds.
+        One row an epoch: clusters, outliers and skipped levels, losses, steps, skipped steps, speed, seconds.
 
     Raises:
         UserError: consecutive steps were not finite, or there are more processes than a batch can serve.
@@ -54,13 +55,18 @@ def adapt(
     state.track_module("strategy", strategy, resize=strategy.resize_heads)
     chunked = in_chunks(strategy.networks, training.accumulate)
     all_levels = wrap_ddp(chunked, some_unused=False)
-    loss_scale = make_loss_scale(training, device)
-    trained = (strategy.trained, strategy.whole_batch, strategy.head_list)
-    optimizer = GuardedOptimizer(settings.optim, *trained, loss_scale=loss_scale)
+    optimizer = GuardedOptimizer(
+        settings.optim,
+        strategy.trained,
+        strategy.whole_batch,
+        strategy.head_list,
+        loss_scale=make_loss_scale(training, device),
+    )
     batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
     meter = LossMeter(strategy.loss_names, device)
     patience = training.patience + optimizer.spare_skips
     guard = NonFiniteGuard(strategy.loss_names, patience, target.files, "adapt")
+    throughput = Throughput(device)
     state.track("optimizer", optimizer)
     state.track("batches", batches)
     state.track("meter", meter)
@@ -69,7 +75,7 @@ def adapt(
         chunks = statistics_chunks(target, settings.feature_batch, device)
         with torch.no_grad(), autocast:
             strategy.refresh_statistics(report.track(chunks, "batch-norm statistics", len(target)))
-    report.begin(_columns(strategy))
+    _begin_table(strategy, throughput, report)
     for epoch in state.epochs(settings.epochs):
         if not state.within_epoch:  # a run resumed within an epoch has that epoch's labels and heads
             strategy.eval()
@@ -94,9 +100,8 @@ def adapt(
         # A skipped level leaves parameters without a gradient, which DistributedDataParallel has to be told.
         networks = wrap_ddp(chunked, some_unused=True) if state.row["skipped_levels"] else all_levels
         title = f"epoch {epoch + 1}/{settings.epochs}"
-        for batch in report.track(
-            batches.draw(epoch, state.steps(settings.steps)), title, settings.steps * batches.size, len
-        ):
+        timed = throughput.timed(batches.draw(epoch, state.steps(settings.steps)))
+        for batch in report.track(timed, title, settings.steps * batches.size, len):
             with autocast:
                 outputs = networks(batch.images, batch.camera_indices, batch.rows)
                 outputs = all_gather_outputs(outputs, batch.sizes)
@@ -106,7 +111,7 @@ def adapt(
             strategy.after_step(epoch * settings.steps + batch.step)
             guard.update(f"step {batch.step + 1} of epoch {epoch + 1}", meter.update(losses, skipped), batch.indices)
         guard.flush()
-        _report_epoch(state, settings, meter, report)
+        _report_epoch(state, settings, meter, throughput, report)
     return state.rows
 
 
@@ -127,22 +132,25 @@ def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: Trai
     }
 
 
-def _columns(strategy: Strategy) -> dict[str, int]:
-    levels = {f"{level} clusters/outliers": 0 for level in strategy.levels}
-    return {"epoch": 7, **levels, "losses": 7 * len(strategy.loss_names), "steps": 5, "seconds": 7}
+def _begin_table(strategy: Strategy, throughput: Throughput, report: TrainingReport) -> None:
+    clusters, losses = dict.fromkeys(strategy.levels, 11), {"losses": 7 * len(strategy.loss_names)}
+    note = f"Levels are in clusters/outliers, losses are {', '.join(strategy.loss_names)}."
+    report.begin({"epoch": 7, **clusters, **losses, "steps": 5, **throughput.columns, "seconds": 7}, note)
 
 
-def _report_epoch(state: TrainState, settings: AdaptSettings, meter: LossMeter, report: TrainingReport) -> None:
+def _report_epoch(
+    state: TrainState, settings: AdaptSettings, meter: LossMeter, throughput: Throughput, report: TrainingReport
+) -> None:
     """Completes the epoch's row and reports it."""
-    row = state.row
-    losses = meter.means()
-    row |= {"losses": losses, "steps": state.step, "skipped": meter.skipped, "seconds": state.seconds}
+    row, losses, speed = state.row, meter.means(), throughput.row()
+    row |= {"losses": losses, "steps": state.step, "skipped": meter.skipped, "speed": speed, "seconds": state.seconds}
     report.skipped_steps(row["epoch"], meter.skipped, state.step)
     cells = [
         f"{row['epoch']}/{settings.epochs}",
         *(f"{clusters}/{row['outliers'][level]}" for level, clusters in row["clusters"].items()),
         " ".join(f"{loss:.3f}" for loss in losses.values()),
         str(row["steps"]),
+        *throughput.cells(speed),
         f"{row['seconds']:.1f}",
     ]
     report.epoch(cells, row)

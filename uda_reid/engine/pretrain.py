@@ -16,6 +16,7 @@ from uda_reid.engine.objectives import GlobalOutput, classification_loss, make_c
 from uda_reid.engine.optimizer import GuardedOptimizer, Losses, learning_rate_factor
 from uda_reid.engine.prepare import make_autocast, make_loss_scale
 from uda_reid.engine.state import TrainState
+from uda_reid.engine.throughput import Throughput
 from uda_reid.models.part_fusion import join_maps
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.report.training_report import TrainingReport
@@ -98,7 +99,7 @@ def pretrain(
         state: position of the run; a resumed one continues from there.
 
     Returns:
-        One row an epoch: losses, learning rate, steps, skipped steps, seconds.
+        One row an epoch: losses, learning rate, steps, skipped steps, speed, seconds.
 
     Raises:
         UserError: consecutive steps were not finite, or there are more processes than a batch can serve.
@@ -113,6 +114,7 @@ def pretrain(
     batches = LevelBatches(source, settings, seed=seed, device=device)
     meter = LossMeter(objective.loss_names, device)
     guard = NonFiniteGuard(objective.loss_names, training.patience + optimizer.spare_skips, source.files, "pretrain")
+    throughput = Throughput(device)
     state.track("optimizer", optimizer)
     state.track("batches", batches)
     state.track("meter", meter)
@@ -120,13 +122,15 @@ def pretrain(
     steps = settings.steps_for(len(source))
     model.train()
     objective.train()
-    report.begin({"epoch": 7, **dict.fromkeys(objective.loss_names, 7), "rate": 8, "steps": 5, "seconds": 7})
+    columns = {"epoch": 7, **dict.fromkeys(objective.loss_names, 7), "rate": 8, "steps": 5}
+    report.begin({**columns, **throughput.columns, "seconds": 7})
     for epoch in state.epochs(settings.epochs):
         if not state.within_epoch:
             batches.begin_epoch({SOURCE: torch.from_numpy(labels)}, [derive_seed(seed, epoch, SAMPLING)])
             meter.reset()
         title, images = f"epoch {epoch + 1}/{settings.epochs}", steps * batches.size
-        for batch in report.track(batches.draw(epoch, state.steps(steps)), title, images, len):
+        timed = throughput.timed(batches.draw(epoch, state.steps(steps)))
+        for batch in report.track(timed, title, images, len):
             with autocast:
                 outputs = network(batch.images, batch.camera_indices, batch.rows)
                 outputs = all_gather_outputs(outputs, batch.sizes)
@@ -135,18 +139,20 @@ def pretrain(
             skipped = optimizer.step(losses, factor)
             guard.update(f"step {batch.step + 1} of epoch {epoch + 1}", meter.update(losses, skipped), batch.indices)
         guard.flush()
-        _report_epoch(state, settings, meter, report)
+        _report_epoch(state, settings, meter, throughput, report)
     return state.rows
 
 
-def _report_epoch(state: TrainState, settings: PretrainSettings, meter: LossMeter, report: TrainingReport) -> None:
+def _report_epoch(
+    state: TrainState, settings: PretrainSettings, meter: LossMeter, throughput: Throughput, report: TrainingReport
+) -> None:
     """Reports the epoch that has just ended."""
-    epoch, steps, losses = state.epoch, state.step, meter.means()
+    epoch, steps, losses, speed = state.epoch, state.step, meter.means(), throughput.row()
     rate = learning_rate_factor(epoch + (steps - 1) / steps, settings.epochs, settings.optim)
     rate *= settings.optim.learning_rate
-    row = {"epoch": epoch + 1, **losses, "learning_rate": rate, "steps": steps}
-    row |= {"skipped": meter.skipped, "seconds": state.seconds}
+    row: dict[str, Any] = {"epoch": epoch + 1, **losses, "learning_rate": rate, "steps": steps}
+    row |= {"skipped": meter.skipped, "speed": speed, "seconds": state.seconds}
     report.skipped_steps(epoch + 1, meter.skipped, steps)
     cells = [f"{epoch + 1}/{settings.epochs}", *(f"{loss:.3f}" for loss in losses.values())]
-    report.epoch([*cells, f"{rate:.1e}", str(steps), f"{state.seconds:.1f}"], row)
+    report.epoch([*cells, f"{rate:.1e}", str(steps), *throughput.cells(speed), f"{state.seconds:.1f}"], row)
     state.rows.append(row)

@@ -20,8 +20,10 @@ class TrainingReport:
         self._reporter = reporter
         self._log = log
 
-    def begin(self, columns: Mapping[str, int]) -> None:
-        """Prints the header of the table (`Reporter.table_header`)."""
+    def begin(self, columns: Mapping[str, int], note: str = "") -> None:
+        """Prints the header of the table (`Reporter.table_header`), after a note on what its cells mean."""
+        if note:
+            self._reporter.say(note)
         self._reporter.table_header(columns)
 
     def epoch(self, cells: list[str], row: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def _run(device: str, reporter: Reporter) -> dict[str, Any]:
 
 def show(facts: dict[str, Any], reporter: Reporter) -> None:
     """Prints the facts as tables, then remarks and problems."""
-    _print(reporter, ["", ""], [*_versions(facts), *_choices(facts)])
+    _print(reporter, ["machine", ""], [*_versions(facts), *_choices(facts)])
     if gpus := facts.get("devices"):
         columns = ["GPU", "name", "capability", "memory GiB", "free GiB", "bfloat16"]
         _print(reporter, columns, [_gpu(device) for device in gpus])
@@ -71,7 +71,7 @@ def _print(reporter: Reporter, columns: list[str], rows: list[list[str]]) -> Non
     if reporter.is_terminal:
         reporter.table(columns, rows)
         return
-    lines = [columns, *rows] if any(columns) else rows
+    lines = [columns, *rows]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         reporter.say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -147,7 +147,7 @@ def compare(found: Tensor, expected: Tensor, most: float, what: str) -> float:
         raise Mismatch(f"{what}: expected shape {list(expected.shape)}, got {list(found.shape)}")
     difference = float((found - expected).abs().max()) if found.numel() else 0.0
     if not difference <= most:
-        raise Mismatch(f"{what} differ by {difference:.1e}, at most {most:.0e} expected")
+        raise Mismatch(f"{what} differ by {difference:.1e}, at most {most:g} expected")
     return difference
 
 
@@ -165,7 +165,7 @@ def compare_lengths(found: Iterable[Tensor], expected: Iterable[Tensor], most: f
     difference, length = torch.cat([a - b for a, b in pairs]).norm(), torch.cat([b for _, b in pairs]).norm()
     relative = float(difference / length)
     if not relative <= most:
-        raise Mismatch(f"{what} differ by {relative:.1e} of their length, at most {most:.0e} expected")
+        raise Mismatch(f"{what} differ by {relative:.1e} of their length, at most {most:g} expected")
     return relative
 
 

@@ -105,6 +105,20 @@ def ranking_metrics(
     return dict(zip(names, (100 * np.mean(scores, axis=0)).tolist(), strict=True))
 
 
+def lloyd(rows: Tensor, centers: Tensor) -> Tensor:
+    """Returns the labels of k-means from given centers, [N] int64, when they change no more; no cluster may be empty.
+
+    Args:
+        rows, centers: [N, D] and [K, D].
+    """
+    rows, centers = rows.double(), centers.double()
+    labels, before = torch.cdist(rows, centers).argmin(dim=1), None
+    while before is None or not torch.equal(labels, before):
+        centers = torch.stack([rows[labels == label].mean(dim=0) for label in range(len(centers))])
+        before, labels = labels, torch.cdist(rows, centers).argmin(dim=1)
+    return labels
+
+
 def cropped(image: Tensor, *, flipped: bool, top: int, left: int, pad: int) -> Tensor:
     """Returns an image [C, H, W], mirrored on request, padded with zeros and cropped at an offset to its size."""
     channels, height, width = image.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 from uda_reid import distributed
 from uda_reid.doctor import plain
 from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, require
+from uda_reid.doctor.clustering_checks import UNORDERED
 from uda_reid.doctor.commands import run_command
 from uda_reid.doctor.worker import ONE_STEP, SMOOTH, numbers, start_of_training, training_step
 from uda_reid.doctor.worker import labels as labels_of
@@ -32,7 +33,7 @@ def two_processes(scene: Scene, *, backend: str) -> str:
     run_command([sys.executable, *TORCHRUN, *command])
     first, second = (load_file(out / f"{rank}.safetensors") for rank in (0, 1))
     unlike = [name for name in first if not torch.equal(first[name], second[name])]
-    require(not unlike, f"the two processes have another {unlike[0] if unlike else ''}")
+    require(not unlike, f"not the same in both processes: {', '.join(unlike[:3])}")
     exchanged = max(_compare_exchange(first), _compare_batch_norm(first))
     _compare_labels(first, device)
     return f"exchange to {exchanged:.0e}, same labels, step to {_compare_step(first, alone):.0e}"
@@ -68,7 +69,8 @@ def _compare_batch_norm(found: dict[str, Tensor]) -> float:
 def _compare_labels(found: dict[str, Tensor], device: torch.device) -> None:
     for name, expected in labels_of(device).items():
         wrong = int((found[f"labels.{name}"] != expected).sum())
-        require(wrong == 0, f"{wrong} of {len(expected)} labels of {name} are not those of one process")
+        most = UNORDERED if (device.type, name) == ("cuda", "k-means") else 0
+        require(wrong <= most, f"{wrong} of {len(expected)} labels of {name} are not those of one process")
 
 
 def _compare_step(found: dict[str, Tensor], alone: Scene) -> float:

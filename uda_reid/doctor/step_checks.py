@@ -26,6 +26,7 @@ RATE, DECAY = 0.1, 5e-4
 SGD = OptimSettings(name="sgd", learning_rate=RATE, momentum=0.0, weight_decay=DECAY)
 # Largest difference of a step, over its length: of the rounding of float32 through a whole network.
 MOST = 1e-2
+STATISTICS = ("running_mean", "running_var")
 EXACT = TrainingSettings(precision="float32", tf32=False, channels_last=False)
 
 
@@ -182,10 +183,19 @@ def plain_descent(losses: Mapping[str, Tensor], modules: list[nn.Module]) -> dic
 def compare_steps(
     before: Mapping[str, Tensor], found: Mapping[str, Tensor], expected: Mapping[str, Tensor], most: float = MOST
 ) -> str:
-    """Compares how far the tensors of two modules moved, all of them together."""
-    names = [name for name, tensor in expected.items() if tensor.is_floating_point()]
-    moved, wanted = ([each[n].cpu().double() - before[n].cpu().double() for n in names] for each in (found, expected))
-    return f"step to {compare_lengths(moved, wanted, most, 'steps'):.0e}"
+    """Compares how far the parameters of two modules moved, all of them together, and how far their statistics did."""
+    differences = []
+    for what, are_statistics in (("steps", False), ("batch-norm statistics", True)):
+        names = [
+            name
+            for name, tensor in expected.items()
+            if tensor.is_floating_point() and name.endswith(STATISTICS) == are_statistics
+        ]
+        moved, wanted = (
+            [each[name].cpu().double() - before[name].cpu().double() for name in names] for each in (found, expected)
+        )
+        differences.append(compare_lengths(moved, wanted, most, what))
+    return "step to {:.0e}, statistics to {:.0e}".format(*differences)
 
 
 def _weights(*modules: nn.Module) -> dict[str, Tensor]:

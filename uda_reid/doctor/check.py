@@ -169,6 +169,11 @@ def compare_lengths(found: Iterable[Tensor], expected: Iterable[Tensor], most: f
     return relative
 
 
+def figure(difference: float) -> str:
+    """Returns a difference with one digit, such as "3e-08", and "0" for none."""
+    return f"{difference:.0e}" if difference else "0"
+
+
 def require(condition: bool, text: str) -> None:
     """Raises Mismatch with the text unless the condition holds."""
     if not condition:

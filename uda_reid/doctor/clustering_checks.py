@@ -10,7 +10,7 @@ from torch import Tensor
 from uda_reid.clustering.kmeans import lloyd
 from uda_reid.clustering.pseudo_labels import centroids, pseudo_labels
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, compare, require
+from uda_reid.doctor.check import Check, Scene, compare, figure, require
 from uda_reid.retrieval.jaccard import jaccard_graph
 from uda_reid.retrieval.neighbours import nearest_neighbours
 from uda_reid.retrieval.normalize import normalize
@@ -43,7 +43,7 @@ def jaccard(scene: Scene) -> str:
     difference = compare(graph.distances, expected[graph_rows, columns], MOST, "distances")
     extra = int((expected[graph_rows, columns] > EPS + LAST_PLACE).sum())
     require(extra == 0, f"{extra} pairs are farther apart than eps")
-    return f"{graph.edges:,} pairs, largest difference {difference:.0e}"
+    return f"{graph.edges:,} pairs, largest difference {figure(difference)}"
 
 
 def dbscan(scene: Scene) -> str:
@@ -91,7 +91,7 @@ def means(scene: Scene) -> str:
     rows = normalize(features).double()
     expected = torch.stack([rows[labels == label].mean(dim=0) for label in range(8)])
     expected = expected / expected.norm(dim=1, keepdim=True)
-    return f"largest difference {compare(found, expected, 1e-6, 'centroids'):.0e}"
+    return f"largest difference {figure(compare(found, expected, 1e-6, 'centroids'))}"
 
 
 def reranking(scene: Scene) -> str:
@@ -99,7 +99,7 @@ def reranking(scene: Scene) -> str:
     query, gallery = _people_twice()
     expected = torch.from_numpy(plain.reranked_distances(normalize(query), normalize(gallery), K1, K2, 0.3))
     found = rerank(query.to(scene.device), gallery.to(scene.device), K1, K2, 0.3)(0, QUERIES)
-    return f"largest difference {compare(found, expected, MOST, 're-ranked distances'):.0e}"
+    return f"largest difference {figure(compare(found, expected, MOST, 're-ranked distances'))}"
 
 
 def ranking(scene: Scene) -> str:

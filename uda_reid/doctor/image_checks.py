@@ -13,7 +13,7 @@ from uda_reid.data.augment import ERASE_AREA, augment, flip_and_crop, normalize,
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.image_store import decode, load_images
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, compare, require
+from uda_reid.doctor.check import Check, Scene, compare, figure, require
 from uda_reid.settings import AugmentSettings, ImageSettings
 
 BATCH, HEIGHT, WIDTH, PAD = 64, 32, 16, 3
@@ -50,7 +50,7 @@ def normalization(scene: Scene) -> str:
         compare(normalize(own, MEAN, STD), expected, 1e-5, "normalized images"),
         compare(augment(own, nothing, MEAN, STD, _generator(scene)), expected, 1e-5, "images that nothing changes"),
     )
-    return f"largest difference {difference:.0e}"
+    return f"largest difference {figure(difference)}"
 
 
 def erasing(scene: Scene) -> str:
@@ -103,7 +103,7 @@ def stores(scene: Scene) -> str:
     for name in names:
         same = torch.equal(augmented[name], augmented[names[0]])
         require(same, f"augmented batches of the stores '{names[0]}' and '{name}' differ")
-    return f"{', '.join(names)}: same batches, largest difference {difference:.0e}"
+    return f"{', '.join(names)}: same batches, largest difference {figure(difference)}"
 
 
 def _load(paths: list[Path], settings: ImageSettings, scene: Scene) -> ImageSet:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.doctor import plain_losses
-from uda_reid.doctor.check import Check, Scene, compare
+from uda_reid.doctor.check import Check, Scene, compare, figure
 from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.distillation import cosine_distillation
@@ -73,7 +73,7 @@ def _compare(scene: Scene, values: Tensor, product: Loss, plain: Loss) -> str:
     assert reference.grad is not None
     difference = compare(loss, expected, MOST, "losses")
     slope = compare(own.grad, reference.grad, MOST, "gradients")
-    return f"largest difference {difference:.0e}, of the gradient {slope:.0e}"
+    return f"largest difference {figure(difference)}, of the gradient {figure(slope)}"
 
 
 def _random(*shape: int, seed: int = 10) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uda_reid.build import make_model
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, silent
+from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, figure, silent
 from uda_reid.engine.compilation import compile_networks
 from uda_reid.engine.prepare import make_autocast, prepare, prepare_device
 from uda_reid.models.batch_norm import set_batch_norm_group
@@ -94,7 +94,7 @@ def batch_norm_groups(scene: Scene) -> str:
         compare(norm.running_mean, 0.1 * torch.stack(means).mean(dim=0), 1e-5, "running means"),
         compare(norm.running_var, 0.9 + 0.1 * torch.stack(variances).mean(dim=0), 1e-5, "running variances"),
     )
-    return f"largest difference {max(differences):.0e}"
+    return f"largest difference {figure(max(differences))}"
 
 
 def small_model(scene: Scene, name: str) -> ReIDModel:
@@ -112,7 +112,7 @@ def _compare(
     outputs, gradients = MOST[precision]
     difference = compare_lengths(found.outputs, expected.outputs, outputs, "outputs")
     slope = compare_lengths(found.gradients, expected.gradients, gradients, "gradients")
-    return f"outputs to {difference:.0e}, gradient to {slope:.0e}"
+    return f"outputs to {figure(difference)}, gradient to {figure(slope)}"
 
 
 def _pass(model: ReIDModel, images: Tensor, autocast: torch.autocast) -> Result:

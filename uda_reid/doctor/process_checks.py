@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uda_reid import distributed
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, require
+from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, figure, require
 from uda_reid.doctor.clustering_checks import UNORDERED
 from uda_reid.doctor.commands import run_command
 from uda_reid.doctor.worker import ONE_STEP, SMOOTH, numbers, start_of_training, training_step
@@ -36,7 +36,7 @@ def two_processes(scene: Scene, *, backend: str) -> str:
     require(not unlike, f"not the same in both processes: {', '.join(unlike[:3])}")
     exchanged = max(_compare_exchange(first), _compare_batch_norm(first))
     _compare_labels(first, device)
-    return f"exchange to {exchanged:.0e}, same labels, step to {_compare_step(first, alone):.0e}"
+    return f"exchange to {figure(exchanged)}, same labels, step to {figure(_compare_step(first, alone))}"
 
 
 def _require_gpus(scene: Scene) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, Skipped, compare, require
+from uda_reid.doctor.check import Check, Scene, Skipped, compare, figure, require
 from uda_reid.doctor.devices import faiss_build
 from uda_reid.retrieval.neighbours import nearest_neighbours
 from uda_reid.retrieval.normalize import normalize
@@ -31,7 +31,7 @@ def product(scene: Scene) -> str:
     left, right = torch.randn(96, 512, generator=generator), torch.randn(512, 64, generator=generator)
     with float32_matmul():
         found = left.to(scene.device) @ right.to(scene.device)
-    return f"largest difference {compare(found, left.double() @ right.double(), 1e-3, 'products'):.0e}"
+    return f"largest difference {figure(compare(found, left.double() @ right.double(), 1e-3, 'products'))}"
 
 
 def blockwise(scene: Scene) -> str:
@@ -79,7 +79,7 @@ def _same_neighbours(bank: Tensor, indices: Tensor, similarities: Tensor) -> str
     cosines = (bank[sample].double()[:, None] * bank.double()[expected]).sum(dim=2)
     cosines[:, 0] = 1
     difference = compare(similarities.cpu()[sample], cosines, 1e-6, "cosines")
-    return f"{len(sample)} of {ROWS:,} rows equal, cosines to {difference:.0e}"
+    return f"{len(sample)} of {ROWS:,} rows equal, cosines to {figure(difference)}"
 
 
 def _sample() -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from uda_reid.build import build_strategy, make_model
 from uda_reid.clustering.pseudo_labels import PseudoLabels
-from uda_reid.doctor.check import Check, Scene, compare, compare_lengths, require
+from uda_reid.doctor.check import Check, Scene, compare, compare_lengths, figure, require
 from uda_reid.doctor.network_checks import SMOOTH, small_model
 from uda_reid.engine.accumulation import in_chunks
 from uda_reid.engine.optimizer import GuardedOptimizer, Losses
@@ -132,7 +132,7 @@ def optimizer(scene: Scene, *, name: str) -> str:
     expected, found = reference.state_dict(), network.state_dict()
     names = [key for key in expected if expected[key].is_floating_point()]
     difference = max(compare(found[key], expected[key], 1e-4, key) for key in names)
-    return f"two steps taken, two skipped, largest difference {difference:.0e}"
+    return f"two steps taken, two skipped, largest difference {figure(difference)}"
 
 
 def _torch_optimizer(network: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
@@ -160,7 +160,7 @@ def moving_average(scene: Scene) -> str:
             now = tensor.cpu().double()
             expected[key] = share * expected[key] + (1 - share) * now if tensor.is_floating_point() else now
     found = teacher.module.state_dict()
-    return f"largest difference {max(compare(found[key], expected[key], 1e-5, key) for key in expected):.0e}"
+    return f"largest difference {figure(max(compare(found[key], expected[key], 1e-5, key) for key in expected))}"
 
 
 def _small_network() -> nn.Sequential:
@@ -195,7 +195,7 @@ def compare_steps(
             [each[name].cpu().double() - before[name].cpu().double() for name in names] for each in (found, expected)
         )
         differences.append(compare_lengths(moved, wanted, most, what))
-    return "step to {:.0e}, statistics to {:.0e}".format(*differences)
+    return "step to {}, statistics to {}".format(*map(figure, differences))
 
 
 def _weights(*modules: nn.Module) -> dict[str, Tensor]:

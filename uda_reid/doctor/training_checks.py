@@ -14,7 +14,7 @@ from torch import Tensor
 from uda_reid.build import build_strategy, load_image_set, load_model, make_model, open_data
 from uda_reid.data.records import anonymize
 from uda_reid.doctor import plain
-from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, require, silent
+from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_lengths, figure, require, silent
 from uda_reid.doctor.commands import run_command
 from uda_reid.doctor.interruptions import InterruptedDemo, InterruptedReport, StrictReport
 from uda_reid.doctor.step_checks import STATISTICS
@@ -110,7 +110,7 @@ def checkpoint(scene: Scene) -> str:
     with torch.no_grad():
         features = [each.descriptor(each(images)) for each in (loaded, model)]
     difference = compare(features[0], features[1], 1e-5, "features")
-    return f"{len(expected)} tensors equal, features to {difference:.0e}"
+    return f"{len(expected)} tensors equal, features to {figure(difference)}"
 
 
 def cluster_command(scene: Scene) -> str:
@@ -155,7 +155,7 @@ def _require_same_names(found: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def _equal(difference: float, what: str) -> str:
-    return f"{what} to {difference:.0e}" if difference else f"{what} equal to the last bit"
+    return f"{what} to {figure(difference)}" if difference else f"{what} equal to the last bit"
 
 
 def _refuse(text: str) -> None:

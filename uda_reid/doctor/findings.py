@@ -65,7 +65,7 @@ def find_notes(facts: Facts) -> list[str]:
         notes.append("faiss is built for GPUs but sees none, so the backends 'faiss' and 'ivf' search on the CPU.")
     if gpus > 1 and not facts["processes"]["nccl"]:
         notes.append(f"This torch has no NCCL, so the {gpus} GPUs cannot train together under torchrun.")
-    if "imports" in facts and "faiss" not in facts["imports"] and faiss.get("build") is None and faiss:
+    if faiss and faiss["build"] is None and "faiss" not in facts["imports"]:
         notes.append("faiss is not installed, so the backends 'faiss' and 'ivf' are not available; 'torch' is.")
     notes += [
         f"GPU {device['index']} is a MIG partition ({device['name']}): a process can use one partition only."

@@ -121,6 +121,7 @@ def test_differences() -> None:
     assert compare(one, two, 0.5, "rows") == 0.5
     assert compare_lengths([one, one], [two, two], 0.5, "rows") == pytest.approx(0.5 / (1 + 2.5**2) ** 0.5)
     assert compare(torch.zeros(0, 3), torch.zeros(0, 3), 0.0, "rows") == 0
+    assert compare_lengths([torch.zeros(2)], [torch.zeros(2)], 0.0, "steps that were not taken") == 0
 
 
 @pytest.mark.parametrize("found", [[1.0, 2.6], [1.0, float("nan")], [1.0, float("inf")], [1.0, 2.0, 3.0]])

@@ -163,7 +163,7 @@ def compare_lengths(found: Iterable[Tensor], expected: Iterable[Tensor], most: f
     if unlike := [f"{len(a)} and {len(b)}" for a, b in pairs if len(a) != len(b)]:
         raise Mismatch(f"{what}: sizes differ, {unlike[0]}")
     difference, length = torch.cat([a - b for a, b in pairs]).norm(), torch.cat([b for _, b in pairs]).norm()
-    relative = float(difference / length)
+    relative = float(difference / length) if difference != 0 else 0.0
     if not relative <= most:
         raise Mismatch(f"{what} differ by {relative:.1e} of their length, at most {most:g} expected")
     return relative

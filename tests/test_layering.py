@@ -31,7 +31,8 @@ ALLOWED = {
     "strategies": STRATEGIES,
     "build": RUNS - {"build"} | {"synthetic"},
     "runs": RUNS,
-    "cli": RUNS - {"models", "losses", "strategies"} | {"runs", "synthetic"},
+    "doctor": RUNS | {"runs", "synthetic"},
+    "cli": RUNS - {"models", "losses", "strategies"} | {"runs", "synthetic", "doctor"},
 }
 DISTRIBUTED = {"distributed.py", "retrieval/search/ring.py"}
 WITHOUT_TORCH = ("errors", "settings", "recipe", "cli", *(f"cli.{name}" for name in COMMANDS))

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that become the frozen dataclasses of `settings`. Only `build`, `runs` and `cli` know them.
+"""Recipes: TOML files that become the frozen dataclasses of `settings`, for `build`, `runs`, `doctor` and `cli` only.
 
 A recipe states what differs from the defaults. Every other part of the package takes its own settings object.
 """

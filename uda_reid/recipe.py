@@ -51,6 +51,13 @@ def load_strategy(name_or_file: str) -> str:
     return str(adapt.get("strategy", AdaptSettings.strategy)) if isinstance(adapt, dict) else AdaptSettings.strategy
 
 
+def load_stages(name_or_file: str) -> tuple[str, ...]:
+    """Returns which of "pretrain" and "adapt" a recipe has a section for; both if it has neither."""
+    table = _load_table(name_or_file)
+    stages = ("pretrain", "adapt")
+    return tuple(stage for stage in stages if stage in table) or stages
+
+
 def parse_recipe(text: str, overrides: Sequence[str] = (), strategy: str | None = None) -> Recipe:
     """Returns the recipe of a TOML text; arguments and errors are those of `load_recipe`."""
     return _read_table(tomllib.loads(text), overrides, strategy)

@@ -170,7 +170,7 @@ def loops(records: Records) -> list[str]:
     """Steps of both training loops, with their memory beside the estimate."""
 
     def show(row: Figures) -> list[str]:
-        return [spread(row["images_per_second"]), gib(row["peak_bytes"]), gib(row.get("estimated_bytes"))]
+        return [spread(row["images_per_second"]), gib(row["peak_bytes"]), gib(row["estimated_bytes"])]
 
     rows = [
         [title, setting, *row_cells(records, part, setting, 3, show)]

@@ -30,6 +30,7 @@ from uda_reid.engine.prepare import prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
 from uda_reid.errors import UserError
+from uda_reid.estimate import estimate_memory
 from uda_reid.report.training_report import TrainingReport
 from uda_reid.settings import BACKBONES, ImageSettings, Recipe
 
@@ -139,14 +140,16 @@ def student(bench: Bench, training: list[str]) -> Row:
 
 
 def loop(bench: Bench, training: list[str]) -> Row:
-    """Measures steps of `pretrain` or `adapt` in one setting."""
-    recipe, clock = bench.recipe_with(*training), StepClock(bench.device)
+    """Measures steps of `pretrain` or `adapt` in one setting, and estimates their memory as `models --memory` does."""
+    recipe, clock, stage = bench.recipe_with(*training), StepClock(bench.device), bench.options.what
+    estimate = estimate_memory(recipe, stage, recipe.training.precision)
     prepare_device(recipe.training, bench.device)
-    run = pretrain_loop if bench.options.what == "pretrain" else adapt_loop
+    run = pretrain_loop if stage == "pretrain" else adapt_loop
     peak = peak_bytes(lambda: run(bench, recipe, clock), bench.device)
     seconds = clock.seconds()
     speed = spread([clock.images / each for each in seconds])
-    return {"batch": clock.images, "steps": len(seconds), "images_per_second": speed, "peak_bytes": peak}
+    memory = {"peak_bytes": peak, "estimated_bytes": estimate.peak}
+    return {"batch": clock.images, "steps": len(seconds), "images_per_second": speed, **memory}
 
 
 def pretrain_loop(bench: Bench, recipe: Recipe, clock: StepClock) -> None:

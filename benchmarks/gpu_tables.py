@@ -62,20 +62,24 @@ def cells(records: Records, part: str, count: int, show: Callable[[Figures], lis
     """Returns the cells that `show` makes of a part's figures; why there are none, and empty cells, if it has none."""
     record = records.get(part)
     if record is not None and record["status"] == MEASURED:
-        return show(record["figures"])
-    reason = "" if record is None else f": {record['reason'].replace('|', '/')}"
-    return [NOT_MEASURED + reason, *[""] * (count - 1)]
+        try:
+            return show(record["figures"])
+        except KeyError as missing:  # stored by an older benchmark
+            return without_figures(f"{missing} is missing from what is stored, measure it --again", count)
+    return without_figures("" if record is None else record["reason"], count)
+
+
+def without_figures(reason: str, count: int) -> list[str]:
+    """Returns the cells of a row that has no figures."""
+    return [NOT_MEASURED + (f": {reason[:150].replace('|', '/')}" if reason else ""), *[""] * (count - 1)]
 
 
 def row_cells(records: Records, part: str, setting: str, count: int, show: Callable[[Figures], list[str]]) -> list[str]:
     """Returns the cells of one setting of a part that measures several (benchmarks/steps.py)."""
 
     def of_setting(figures: Figures) -> list[str]:
-        row = figures["rows"].get(setting)
-        if row is None or "failed" in row:
-            reason = "" if row is None else f": {row['failed'][:150].replace('|', '/')}"
-            return [NOT_MEASURED + reason, *[""] * (count - 1)]
-        return show(row)
+        row = figures["rows"].get(setting, {})
+        return without_figures(row.get("failed", ""), count) if row.keys() <= {"failed"} else show(row)
 
     return cells(records, part, count, of_setting)
 

@@ -133,6 +133,12 @@ def test_a_part_that_failed_gives_its_reason(records: dict[str, dict[str, Any]])
     assert "| pretrain, 128 images | bfloat16 | 5 (4 to 6) | 3.0 | 4.0 |" in page
 
 
+def test_figures_of_an_older_benchmark_are_to_be_measured_again(records: dict[str, dict[str, Any]]) -> None:
+    del records["adapt-steps"]["figures"]["rows"]["float32"]["estimated_bytes"]
+    page = fill(ALL["training.md"], records)
+    assert "| adapt with LF2, 192 images | float32 | not measured: 'estimated_bytes' is missing" in page
+
+
 def test_figures_are_shown_with_their_spread(records: dict[str, dict[str, Any]]) -> None:
     page = fill(ALL["clustering.md"], records)
     row = (

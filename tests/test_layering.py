@@ -31,9 +31,10 @@ ALLOWED = {
     "strategies": STRATEGIES,
     "build": RUNS - {"build"} | {"synthetic"},
     "estimate": RUNS,
-    "runs": RUNS | {"estimate"},
+    "run_parts": RUNS | {"estimate"},
+    "runs": RUNS | {"run_parts"},
     "doctor": RUNS | {"runs", "synthetic"},
-    "cli": RUNS - {"models", "losses", "strategies"} | {"estimate", "runs", "synthetic", "doctor"},
+    "cli": RUNS - {"models", "losses", "strategies"} | {"estimate", "run_parts", "runs", "synthetic", "doctor"},
 }
 DISTRIBUTED = {"distributed.py", "retrieval/search/ring.py"}
 WITHOUT_TORCH = ("errors", "settings", "recipe", "cli", *(f"cli.{name}" for name in COMMANDS))

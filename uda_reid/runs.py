@@ -1,38 +1,34 @@
 """One function for each command that trains or measures: data and model in, a run's folder and summary out."""
 
-import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from time import perf_counter
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
 
-from uda_reid import __version__
-from uda_reid.build import LoadedModel, build_strategy, load_image_set, load_source_model, make_model
-from uda_reid.data.image_set import ImageSet
-from uda_reid.data.records import Records, ReIDDataset, TestSplit, anonymize
-from uda_reid.distributed import barrier, world_size
+from uda_reid.build import LoadedModel, build_strategy, load_source_model, make_model
+from uda_reid.data.records import ReIDDataset, anonymize
+from uda_reid.distributed import barrier
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.checkpoint import save_checkpoint
-from uda_reid.engine.compilation import compile_networks
-from uda_reid.engine.evaluate import evaluate
-from uda_reid.engine.prepare import autocast_dtype, make_autocast, prepare, prepare_device
+from uda_reid.engine.prepare import prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
-from uda_reid.engine.state import TrainState
-from uda_reid.engine.state_files import StateFiles
 from uda_reid.errors import UserError
-from uda_reid.estimate import ALLOWANCE, estimate_memory
 from uda_reid.models.reid_model import ReIDModel
-from uda_reid.recipe import dump_recipe, override_recipe
+from uda_reid.recipe import dump_recipe
 from uda_reid.report.console import Reporter
-from uda_reid.report.run_log import SUMMARY, RunLog
+from uda_reid.report.run_log import RunLog
 from uda_reid.report.training_report import TrainingReport
+from uda_reid.run_parts import (
+    Summary,
+    compile_for_run,
+    is_finished,
+    load_training_images,
+    measure,
+    open_state,
+    write_summary,
+)
 from uda_reid.settings import Recipe
-
-Summary = dict[str, Any]
 
 
 def run_pretrain(
@@ -40,7 +36,8 @@ def run_pretrain(
 ) -> Summary:
     """Trains on a labelled source, stores the checkpoint, and measures it on the source's own test split."""
     started = perf_counter()
-    reporter.say(f"Computing in {prepare_device(recipe.training, device)}.")
+    computing = prepare_device(recipe.training, device)
+    reporter.say(f"Computing in {computing}.")
     state = open_state(log, recipe, reporter)
     state.check_images([path.name for path in source.train.paths])
     cameras = tuple(int(camera) for camera in np.unique(source.train.camera_ids))
@@ -51,8 +48,8 @@ def run_pretrain(
     prepare(model, recipe.training, device)
     settings, training = recipe.pretrain, recipe.training
     steps = settings.epochs * settings.steps_for(len(source.train))
-    _compile([model], recipe, settings.identities * settings.instances, steps, device, reporter)
-    images = _load_images(source.train, known, recipe, "pretrain", source.name, device, reporter, log)
+    compile_for_run([model], recipe, settings.identities * settings.instances, steps, device, reporter)
+    images = load_training_images(source.train, known, recipe, "pretrain", source.name, device, reporter, log)
     labels, report = labels.astype(np.int64), TrainingReport(reporter, log)
     rows = pretrain(
         model, objective, images, labels, settings, training, seed=seed, device=device, state=state, report=report
@@ -66,11 +63,11 @@ def run_pretrain(
             "classes": len(identities),
         }
         save_checkpoint(log.checkpoint, model, metadata)
-    test = _measure(model, source.test, known, recipe, device, reporter, f"testing on {source.name}")
+    test = measure(model, source.test, known, recipe, device, reporter, f"testing on {source.name}")
     if test is not None:
         reporter.metrics(f"{source.name}, supervised", {"source model": test})
-    result = {"command": "pretrain", "source": source.name, "test": test, "epochs": rows}
-    summary = _write_summary(log, started, result, seed, device)
+    result = {"command": "pretrain", "computing": computing, "source": source.name, "test": test, "epochs": rows}
+    summary = write_summary(log, started, result, seed, device)
     state.finish()
     return summary
 
@@ -98,27 +95,28 @@ def run_adapt(
             "images or name another folder."
         )
     known = init.known_cameras(target.name)
-    reporter.say(f"Computing in {prepare_device(recipe.training, device)}.")
+    computing = prepare_device(recipe.training, device)
+    reporter.say(f"Computing in {computing}.")
     state = open_state(log, recipe, reporter)
     if "before" not in state.metadata:
-        state.metadata["before"] = _measure(
+        state.metadata["before"] = measure(
             init.model, target.test, known, recipe, device, reporter, "testing the source model"
         )
     before = state.metadata["before"]
     strategy = build_strategy(recipe, cast(ReIDModel, init.model), seed=seed, device=device)
     batch = recipe.adapt.identities * recipe.adapt.instances
     batch *= 1 if recipe.adapt.shared_batch else len(strategy.levels)
-    _compile(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
+    compile_for_run(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
     records = anonymize(target.train, device)
     state.check_images([path.name for path in records.paths])
-    images = _load_images(records, known, recipe, "adapt", target.name, device, reporter, log)
+    images = load_training_images(records, known, recipe, "adapt", target.name, device, reporter, log)
     report = TrainingReport(reporter, log)
     rows = adapt(strategy, images, recipe.adapt, recipe.training, seed=seed, device=device, state=state, report=report)
     source = init.metadata["source"]
     if log.writes:
         metadata = {**init.metadata, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}
         save_checkpoint(log.checkpoint, strategy.result, metadata)
-    after = _measure(strategy.result, target.test, known, recipe, device, reporter, "testing the adapted model")
+    after = measure(strategy.result, target.test, known, recipe, device, reporter, "testing the adapted model")
     if before is not None and after is not None:
         reporter.metrics(f"{source} -> {target.name}", {"before": before, "after": after})
     else:
@@ -126,6 +124,7 @@ def run_adapt(
     skipped = sorted({level for row in rows for level in row["skipped_levels"]})
     result = {
         "command": "adapt",
+        "computing": computing,
         "strategy": recipe.adapt.strategy,
         "source": source,
         "target": target.name,
@@ -136,7 +135,7 @@ def run_adapt(
         },
         "epochs": rows,
     }
-    summary = _write_summary(log, started, result, seed, device)
+    summary = write_summary(log, started, result, seed, device)
     state.finish()
     return summary
 
@@ -162,15 +161,17 @@ def run_evaluate(
             f"An evaluation needs a labelled test split (query/ and bounding_box_test/), but {target.folder} has none; "
             "name another data set."
         )
-    reporter.say(f"Computing in {prepare_device(loaded.recipe.training, device)}.")
+    computing = prepare_device(loaded.recipe.training, device)
+    reporter.say(f"Computing in {computing}.")
     known, title = loaded.known_cameras(target.name), f"testing on {target.name}"
-    metrics = _measure(loaded.model, target.test, known, loaded.recipe, device, reporter, title, rerank)
+    metrics = measure(loaded.model, target.test, known, loaded.recipe, device, reporter, title, rerank)
     assert metrics is not None
     origin = " -> ".join(loaded.metadata[key] for key in ("source", "target") if key in loaded.metadata)
     reporter.metrics(f"{target.name}{', re-ranked' if rerank else ''}", {origin: metrics})
-    result = {"command": "evaluate", "target": target.name, "model": origin, "rerank": rerank, **metrics}
+    result: dict[str, Any] = {"command": "evaluate", "computing": computing, "target": target.name, "model": origin}
+    result |= {"rerank": rerank, **metrics}
     log.append(result)
-    return _write_summary(log, started, result, seed, device)
+    return write_summary(log, started, result, seed, device)
 
 
 def run_demo(
@@ -199,120 +200,4 @@ def run_demo(
     else:
         adapted = run_adapt(recipe, init, target, device=device, seed=seed, reporter=reporter, log=second)
     result = {"command": "demo", "source_only": adapted["before"], "adapted": adapted["after"]}
-    return _write_summary(log, started, result, seed, device)
-
-
-def is_finished(folder: Path) -> bool:
-    """Returns whether a run has its summary, which is written last, and removes the states of a run that has."""
-    if not (folder / SUMMARY).is_file():
-        return False
-    StateFiles(folder, lambda text: None).remove()
-    return True
-
-
-def open_state(log: RunLog, recipe: Recipe, reporter: Reporter) -> TrainState:
-    """Returns the position of a run: its start, or the newest undamaged state in the folder of a resumed one."""
-    files = StateFiles(log.folder, reporter.warn)
-    saved = files.newest() if log.resumed else None
-    barrier()  # all processes have read before the main one writes
-    state = TrainState(files if log.writes else None, recipe.training.checkpoint_minutes, saved)
-    if saved is not None:
-        log.restart(state.rows)
-        reporter.say(f"Resuming from {saved.path}: epoch {state.epoch + 1}, step {state.step + 1}.")
-    elif log.resumed:
-        log.restart([])
-        reporter.say(f"{log.folder} holds no saved state yet, so the run starts at its beginning.")
-    return state
-
-
-def _load_images(
-    records: Records,
-    known_cameras: tuple[int, ...],
-    recipe: Recipe,
-    stage: str,
-    name: str,
-    device: torch.device,
-    reporter: Reporter,
-    log: RunLog,
-) -> ImageSet:
-    """Decodes the images of a training; on a GPU they are kept only where they leave room for it."""
-    reserved = _bytes_to_reserve(recipe, stage, device, reporter) if device.type == "cuda" else 0
-    return load_image_set(
-        records,
-        known_cameras,
-        recipe.images,
-        name=name,
-        device=device,
-        reserved_bytes=reserved,
-        scratch=log.folder,
-        reporter=reporter,
-    )
-
-
-def _bytes_to_reserve(recipe: Recipe, stage: str, device: torch.device, reporter: Reporter) -> int:
-    """Returns what a training still takes of a GPU whose networks are there already, and says what it takes in all."""
-    own = override_recipe(recipe, (f"{stage}.identities={max(2, getattr(recipe, stage).identities // world_size())}",))
-    precision = str(autocast_dtype(recipe.training, device)).removeprefix("torch.")
-    try:
-        needed = estimate_memory(own, stage, precision).peak + ALLOWANCE
-    except RuntimeError as error:  # an operator that cannot be traced without data, in a network of the user's choice
-        reporter.warn(
-            f"The memory of this training cannot be estimated ({str(error).splitlines()[0]}), so images are kept off "
-            "the GPU; set images.store to choose."
-        )
-        return sys.maxsize
-    reporter.say(f"Training takes about {needed / 2**30:.1f} GiB of GPU memory (`cli.py models --memory` says why).")
-    return needed - torch.cuda.memory_allocated(device)
-
-
-def _compile(
-    networks: Sequence[nn.Module], recipe: Recipe, batch: int, steps: int, device: torch.device, reporter: Reporter
-) -> None:
-    """Compiles networks where that is asked for or pays."""
-    training = recipe.training
-    shape = (batch // training.accumulate, 3, recipe.images.height, recipe.images.width)
-    compile_networks(networks, training, device, steps=steps, image_shape=shape, say=reporter.say)
-
-
-def _measure(
-    model: torch.nn.Module,
-    test: TestSplit | None,
-    known_cameras: tuple[int, ...],
-    recipe: Recipe,
-    device: torch.device,
-    reporter: Reporter,
-    title: str,
-    rerank: bool = False,
-) -> dict[str, float] | None:
-    if test is None:
-        return None
-    metrics = evaluate(
-        model,
-        test,
-        images=recipe.images,
-        settings=recipe.evaluate,
-        known_cameras=known_cameras,
-        device=device,
-        autocast=make_autocast(recipe.training, device),
-        reporter=reporter,
-        rerank_gallery=rerank,
-        title=title,
-    )
-    if metrics.queries_without_match:
-        reporter.warn(
-            f"{metrics.queries_without_match} of {metrics.queries + metrics.queries_without_match} queries have no "
-            "match in the gallery from another camera and are left out."
-        )
-    return metrics.as_dict()
-
-
-def _write_summary(log: RunLog, started: float, result: Mapping[str, Any], seed: int, device: torch.device) -> Summary:
-    summary = {
-        **result,
-        "seed": seed,
-        "device": str(device),
-        "version": __version__,
-        "seconds": round(perf_counter() - started, 3),
-    }
-    log.write_summary(summary)
-    return summary
+    return write_summary(log, started, result, seed, device)

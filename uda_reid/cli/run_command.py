@@ -13,7 +13,7 @@ from uda_reid.errors import UserError
 from uda_reid.recipe import dump_recipe, load_recipe, load_strategy
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import COMMAND, RECIPE, RunLog
-from uda_reid.runs import is_finished
+from uda_reid.run_parts import is_finished
 from uda_reid.settings import Recipe
 from uda_reid.synthetic import DOMAINS
 

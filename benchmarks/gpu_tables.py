@@ -210,7 +210,7 @@ def checks(records: Records) -> list[str]:
 
 
 def targets(records: Records) -> list[str]:
-    """What was aimed at, and what was measured of it."""
+    """Returns the table of targets and what was measured of each."""
 
     def dense(figures: Figures) -> list[str]:
         return [f"{figures['rows'][0]['times_faster']:.0f}"]

@@ -223,7 +223,7 @@ class PlainLF2:
 
 
 def use_torch_defaults() -> None:
-    """Lets a GPU compute as torch does unasked: convolutions may use TF32, products may not, nothing is tuned."""
+    """Lets a GPU compute with the defaults of torch: convolutions may use TF32, products may not, nothing is tuned."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = False

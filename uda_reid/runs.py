@@ -1,7 +1,7 @@
 """One function for each command that trains or measures: data and model in, a run's folder and summary out."""
 
 from time import perf_counter
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch

@@ -1,13 +1,13 @@
 """No training step makes the host wait for the device."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.host_waits import Waits
 from tests.training import (
     CPU,
     load_source,
@@ -23,27 +23,6 @@ from uda_reid.report.training_report import TrainingReport
 from uda_reid.settings import Recipe
 
 T = TypeVar("T")
-# What hands a number, or a size that depends on numbers, back to the host.
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
-
-
-class Waits(TorchDispatchMode):
-    """Notes every operation for which the host would wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
-        )
-        if name in WAITING or by_mask:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 class StepReport(TrainingReport):

@@ -1,0 +1,88 @@
+"""Tensors and generators that claim a GPU, for `simulated_gpu`; the CPU has their numbers.
+
+In C++ a simulated tensor is on "cpu:0", which is not "cpu". So what would ask the driver (device guards, autograd)
+leaves it alone, and what C++ makes on the device of such a tensor is told from tensors of the host.
+"""
+
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+GPU, IN_CPP, HOST = torch.device("cuda", 0), torch.device("cpu", 0), torch.device("cpu")
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Returns whether a device is the simulated GPU, as Python or as C++ calls it."""
+    if device.type == "cuda" and device.index:
+        raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, but one GPU is simulated)")
+    return device.type == "cuda" or device == IN_CPP
+
+
+class SimulatedTensor(torch.Tensor):
+    """A tensor that claims to be on cuda:0.
+
+    Attributes:
+        value: holds its numbers on the CPU; views of the one are views of the other.
+    """
+
+    value: Tensor
+    device = property(lambda self: GPU)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> "SimulatedTensor":
+        layout = {"strides": value.stride(), "storage_offset": value.storage_offset()}
+        with torch.inference_mode(value.is_inference()):
+            made = torch.Tensor._make_wrapper_subclass(cls, value.shape, **layout, dtype=value.dtype, device=IN_CPP)
+        made.value = value
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise RuntimeError(f"{func} was called on a simulated GPU that is gone.")
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As torch's: a tensor that is there already is returned itself."""
+        copies = kwargs.pop("copy", False)
+        device, dtype, non_blocking, layout = torch._C._nn._parse_to(*args, **kwargs)
+        elsewhere = None if device is None or is_gpu(device) else device
+        options = {"device": elsewhere, "dtype": dtype, "memory_format": layout}
+        given = {name: value for name, value in options.items() if value is not None}
+        return super().to(non_blocking=non_blocking, copy=copies, **given)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self
+
+    def get_device(self) -> int:
+        return 0
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to the host.")
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"SimulatedTensor({self.value})"
+
+
+class SimulatedGenerator(torch.Generator):
+    """A generator that claims a device; its numbers are those of the CPU."""
+
+    # Operators are handed another Python object, with the same address in C++.
+    alive: ClassVar[WeakValueDictionary[int, "SimulatedGenerator"]] = WeakValueDictionary()
+
+    def __new__(cls, device: Any = HOST) -> "SimulatedGenerator":
+        made = super().__new__(cls, HOST)
+        made.claimed = torch.device(device)
+        cls.alive[made._cdata] = made
+        return made
+
+    def __init__(self, device: Any = HOST) -> None:
+        super().__init__()
+
+    device = property(lambda self: self.claimed)  # type: ignore[assignment]

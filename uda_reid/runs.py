@@ -108,7 +108,7 @@ def run_adapt(
     batch = recipe.adapt.identities * recipe.adapt.instances
     batch *= 1 if recipe.adapt.shared_batch else len(strategy.levels)
     _compile(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
-    records = anonymize(target.train)
+    records = anonymize(target.train, device)
     state.check_images([path.name for path in records.paths])
     images = load_image_set(
         records, known, recipe.images, name=target.name, device=device, scratch=log.folder, reporter=reporter

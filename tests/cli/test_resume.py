@@ -8,7 +8,9 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from tests.cli.conftest import Invoke, refused, settings, summary
 from uda_reid.cli import main
+from uda_reid.engine.optimizer import GuardedOptimizer
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.state_files import StateFiles
 from uda_reid.errors import UserError
@@ -105,8 +108,38 @@ def test_resume_refuses_other_folders_and_options(pretrained: Path, tmp_path: Pa
     assert "is not a run that can be resumed" in refused(invoke("adapt", "--resume", tmp_path / "nothing"))
     extra = ("--seed", "3", "--source", "plaza", "--set", "pretrain.epochs=3", "--recipe", "demo")
     text = refused(invoke("pretrain", "--resume", pretrained, *extra))
-    assert "no other option than --device" in text
-    assert "got --source, --recipe, --set, --seed;" in text
+    assert "no other option than --device and --set" in text
+    assert "got --source, --recipe, --seed;" in text
+    changing = ("--set", "images.store=file", "--set", "pretrain.epochs=3")
+    text = refused(invoke("pretrain", "--resume", pretrained, *changing))
+    assert "settings that alter no result" in text
+    assert "got --set pretrain.epochs=3;" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_lacked_memory_resumes_with_a_setting_that_needs_less(
+    tiny_root: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights are those of a run that went through, and the recipe beside them says what was set."""
+    arguments = ["pretrain", "--source", "plaza", "--data-root", tiny_root, *settings(), *OFTEN, "--device", "cpu"]
+    assert invoke(*arguments, "--out", tmp_path / "whole").exit_code == 0
+    step, steps = GuardedOptimizer.step, itertools.count()
+
+    def fail_once(self: GuardedOptimizer, *losses: Any) -> Any:
+        if next(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(self, *losses)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuardedOptimizer, "step", fail_once)
+        with suppress(torch.OutOfMemoryError):
+            invoke(*arguments, "--out", tmp_path / "run")
+    less = ("--set", "training.checkpoint_activations=true")
+    assert invoke("pretrain", "--resume", tmp_path / "run", *less).exit_code == 0
+    assert "checkpoint_activations = true" in (tmp_path / "run" / "recipe.toml").read_text()
+    found, expected = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("run", "whole"))
+    floating = [name for name, tensor in expected.items() if tensor.is_floating_point()]
+    assert all(torch.equal(found[name], expected[name]) for name in floating)
 
 
 def test_a_command_without_data_says_which_options_it_needs(invoke: Invoke) -> None:

@@ -14,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from uda_reid.data import augment as augment_module
-from uda_reid.data.augment import augment, flip_and_crop, normalize, random_erase_
+from uda_reid.data.augment import BatchShare, augment, flip_and_crop, normalize, random_erase_
 from uda_reid.errors import UserError
 from uda_reid.settings import AugmentSettings
 
@@ -235,12 +235,12 @@ def test_noise_is_drawn_for_every_pixel_from_a_standard_normal() -> None:
 
 def test_a_gpus_way_of_filling_fills_the_same_boxes() -> None:
     images = torch.full((300, 3, 64, 32), 50.0)
-    boxes = augment_module._draw_boxes(images, 0.5, generator())
-    filled = {}
+    boxes = augment_module._draw_boxes(300, (64, 32), 0.5, generator())
+    share, filled = BatchShare(300), {}
     for fill in ("noise", "mean"):
         each, masked = images.clone(), images.clone()
-        augment_module._fill_each(each, boxes, fill, generator(1))
-        augment_module._fill_masked(masked, boxes, fill, generator(1))
+        augment_module._fill_each(each, boxes, fill, generator(1), share)
+        augment_module._fill_masked(masked, boxes, fill, generator(1), share)
         assert torch.equal(each != 50.0, masked != 50.0)
         filled[fill] = masked
     erased = filled["mean"] == 0

@@ -29,6 +29,11 @@ CASES = {
         tuple(f"adapt.lf2.cross_instance.{key}" for key in ("intra=0.1", "inter=0.1", "heads=2")),
     ),
     "baseline": ("baseline", ()),
+    # A chunk of each process holds one group, of which a chunk of a single process holds two.
+    "in chunks, checkpointed": (
+        "lf2",
+        tuple(f"training.{key}" for key in ("accumulate=2", "batch_norm_group=5", "checkpoint_activations=true")),
+    ),
 }
 Found = list[dict[str, dict[str, Tensor]]]  # by process: case -> weights
 
@@ -78,7 +83,7 @@ def test_two_processes_end_where_one_does(case: str, found: Found, tiny_root: Pa
         if tensor.is_floating_point():
             error, moved = (came - tensor).norm(), (tensor - unmoved[name]).norm()
             assert error <= 1e-3 * moved + 1e-5 * tensor.norm(), name
-        else:
+        elif "chunks" not in case:  # which need more forward passes, and those are counted
             assert torch.equal(came, tensor), name
 
 

@@ -31,7 +31,7 @@ resume_option = click.option(
     "--resume",
     type=PATH,
     metavar="RUN",
-    help="Continue a stopped run from its last saved state; takes no other option than --device.",
+    help="Continue a stopped run from its last saved state; takes --device and a few --set beside it.",
 )
 strategy_option = click.option(
     "--strategy", type=click.Choice(STRATEGIES), help="How to adapt.  [default: the recipe's]"

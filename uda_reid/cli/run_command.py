@@ -1,4 +1,4 @@
-"""The command that started a training, stored in the run's folder so that `--resume` needs no other option."""
+"""The command that started a training, stored in the run's folder so that `--resume` needs no option beside it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,7 +17,14 @@ from uda_reid.runs import is_finished
 from uda_reid.settings import Recipe
 from uda_reid.synthetic import DOMAINS
 
-WITH_RESUME = ("resume", "device")
+WITH_RESUME = ("resume", "device", "overrides")
+# Settings of memory and storage, with which every number stays the same.
+CHANGEABLE = (
+    "training.checkpoint_activations",
+    "training.checkpoint_minutes",
+    "images.store",
+    "images.memory_limit_gib",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,9 @@ class RunCommand:
 
 
 def read_command(options: RunOptions, name: str) -> tuple[RunCommand, Recipe]:
-    """Returns the stored command and recipe of the run that `--resume` names; a given `--device` replaces its own.
+    """Returns the stored command and recipe of the run that `--resume` names.
+
+    A given `--device` replaces its own, and `--set` may change the settings that alter no result.
 
     Raises:
         UserError: other options were given, the folder holds no run of the command `name`, or it is damaged.
@@ -57,8 +66,13 @@ def read_command(options: RunOptions, name: str) -> tuple[RunCommand, Recipe]:
     }
     if extra := [option for parameter, option in given.items() if parameter not in WITH_RESUME]:
         raise UserError(
-            f"--resume takes all values from {folder} and no other option than --device, got {', '.join(extra)}; leave "
-            "them out, or start a new run."
+            f"--resume takes all values from {folder} and no other option than --device and --set, got "
+            f"{', '.join(extra)}; leave them out, or start a new run."
+        )
+    if other := [each for each in options.overrides if each.partition("=")[0].strip() not in CHANGEABLE]:
+        raise UserError(
+            f"--resume can change only settings that alter no result ({', '.join(CHANGEABLE)}), got --set "
+            f"{' --set '.join(other)}; leave that out, or start a new run."
         )
     if not (folder / COMMAND).is_file() or not (folder / RECIPE).is_file():
         raise UserError(f"{folder} is not a run that can be resumed: expected {COMMAND} and {RECIPE} in it.")
@@ -72,7 +86,7 @@ def read_command(options: RunOptions, name: str) -> tuple[RunCommand, Recipe]:
         raise UserError(
             f"{folder} is a run of {command.command}; resume it with `cli.py {command.command} --resume {folder}`."
         )
-    return command, load_recipe(str(folder / RECIPE))
+    return command, load_recipe(str(folder / RECIPE), options.overrides)
 
 
 def nothing_to_resume(options: RunOptions, reporter: Reporter) -> bool:
@@ -113,7 +127,7 @@ def open_run(
         reporter=reporter,
         resumed=options.resume is not None,
     )
+    log.write_recipe(dump_recipe(recipe))
     if not log.resumed:
-        log.write_recipe(dump_recipe(recipe))
         log.write_command(asdict(command))
     return log

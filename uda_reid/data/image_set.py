@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from uda_reid.data.augment import augment, normalize
+from uda_reid.data.augment import BatchShare, augment, normalize
 from uda_reid.data.image_store import BLOCK, decode_blocks
 from uda_reid.settings import AugmentSettings, ImageSettings
 
@@ -55,9 +55,10 @@ class ImageSet:
         Returns:
             [b, 3, H, W] float32 augmented and normalized images, and their [b] camera indices, on `device`.
         """
-        images, cameras = self._take(indices, device)
-        augmented = augment(images, settings, self.settings.mean, self.settings.std, generator)
-        return (augmented, cameras) if rows is None else (take(augmented, rows, device), take(cameras, rows, device))
+        own = indices if rows is None else indices[rows]
+        share = BatchShare(len(indices), None if rows is None else to_device(rows, device))
+        images, cameras = self._take(own, device)
+        return augment(images, settings, self.settings.mean, self.settings.std, generator, share), cameras
 
     def plain(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Returns [B, 3, H, W] float32 normalized images and their [B] camera indices, on `device`.
@@ -124,10 +125,15 @@ def take(table: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return table.index_select(0, indices)
-    # A GPU copies in the background only from pinned memory. Each batch gets its own, from torch's pool, which hands
-    # none out while its copy is under way; a single buffer of ours would be overwritten too early.
     if table.is_cuda:
-        return table.index_select(0, indices.pin_memory().to(device, non_blocking=True))
+        return table.index_select(0, to_device(indices, device))
     rows = torch.empty((len(indices), *table.shape[1:]), dtype=table.dtype, pin_memory=True)
     torch.index_select(table, 0, indices, out=rows)
     return rows.to(device, non_blocking=True)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a small tensor of the CPU on the device, without waiting for the work that a GPU has queued."""
+    # A GPU copies in the background only from pinned memory. Each copy gets its own, from torch's pool, which hands
+    # none out while its copy is under way; a single buffer of ours would be overwritten too early.
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from uda_reid.distributed import all_gather, shard, shard_sizes
 from uda_reid.errors import UserError
 
+CPU = torch.device("cpu")
+HASH_BYTES = 16
 UNKNOWN = -1  # an identity that is not known or not read; in a gallery, Market-1501's junk
 
 
@@ -68,23 +72,29 @@ def make_records(paths: Sequence[Path], person_ids: Sequence[int], camera_ids: S
     return Records(tuple(paths), np.asarray(person_ids, dtype=np.int64), np.asarray(camera_ids, dtype=np.int64))
 
 
-def anonymize(records: Records) -> Records:
-    """Returns the records without identities, sorted by a hash of the files' contents.
+def anonymize(records: Records, device: torch.device = CPU) -> Records:
+    """Returns the records without identities, sorted by a hash of the files' contents. Collective.
 
     File names of labelled sets begin with the identity, so their order alone would tell an adaptation which images
-    show the same person; the order of the hashes tells nothing.
+    show the same person; the order of the hashes tells nothing. Each process reads its share of the files.
+
+    Args:
+        device: on which several processes exchange the hashes.
 
     Raises:
         UserError: a file cannot be read.
     """
-    hashes = [hashlib.blake2b(_read_bytes(path), digest_size=16).digest() for path in records.paths]
+    own = [_hash(path) for path in records.paths[shard(len(records))]]
+    share = torch.tensor(own, dtype=torch.uint8, device=device).view(-1, HASH_BYTES)
+    hashes = [bytes(row) for row in all_gather(share, shard_sizes(len(records))).tolist()]
     order = sorted(range(len(records)), key=lambda i: (hashes[i], int(records.camera_ids[i])))
     ordered = records.select(np.array(order, dtype=np.int64))
     return Records(ordered.paths, np.full_like(ordered.person_ids, UNKNOWN), ordered.camera_ids)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _hash(path: Path) -> list[int]:
+    """Returns the bytes of a hash of a file's content."""
     try:
-        return path.read_bytes()
+        return list(hashlib.blake2b(path.read_bytes(), digest_size=HASH_BYTES).digest())
     except OSError as error:
         raise UserError(f"The image {path} cannot be read ({error.strerror}); restore it or remove it.") from error

@@ -55,9 +55,13 @@ def adapt(
     state.track_module("strategy", strategy, resize=strategy.resize_heads)
     chunked = in_chunks(strategy.networks, training.accumulate)
     all_levels = wrap_ddp(chunked, some_unused=False)
-    loss_scale = make_loss_scale(training, device)
-    trained = (strategy.trained, strategy.whole_batch, strategy.head_list)
-    optimizer = GuardedOptimizer(settings.optim, *trained, loss_scale=loss_scale)
+    optimizer = GuardedOptimizer(
+        settings.optim,
+        strategy.trained,
+        strategy.whole_batch,
+        strategy.head_list,
+        loss_scale=make_loss_scale(training, device),
+    )
     batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
     meter = LossMeter(strategy.loss_names, device)
     patience = training.patience + optimizer.spare_skips
@@ -71,11 +75,7 @@ def adapt(
         chunks = statistics_chunks(target, settings.feature_batch, device)
         with torch.no_grad(), autocast:
             strategy.refresh_statistics(report.track(chunks, "batch-norm statistics", len(target)))
-    report.begin(
-        {"epoch": 7, **dict.fromkeys(strategy.levels, 11), "losses": 7 * len(strategy.loss_names)}
-        | {"steps": 5, **throughput.columns, "seconds": 7},
-        note=f"Levels are in clusters/outliers, losses are {', '.join(strategy.loss_names)}.",
-    )
+    _begin_table(strategy, throughput, report)
     for epoch in state.epochs(settings.epochs):
         if not state.within_epoch:  # a run resumed within an epoch has that epoch's labels and heads
             strategy.eval()
@@ -130,6 +130,12 @@ def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: Trai
         "outliers": {level: found.outliers for level, found in labels.items()},
         "skipped_levels": skipped,
     }
+
+
+def _begin_table(strategy: Strategy, throughput: Throughput, report: TrainingReport) -> None:
+    clusters, losses = dict.fromkeys(strategy.levels, 11), {"losses": 7 * len(strategy.loss_names)}
+    note = f"Levels are in clusters/outliers, losses are {', '.join(strategy.loss_names)}."
+    report.begin({"epoch": 7, **clusters, **losses, "steps": 5, **throughput.columns, "seconds": 7}, note)
 
 
 def _report_epoch(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from uda_reid.data.identity_sampler import IdentitySampler
-from uda_reid.data.image_set import ImageSet
+from uda_reid.data.image_set import ImageSet, to_device
 from uda_reid.distributed import shard, world_size
 from uda_reid.errors import UserError
 from uda_reid.seeding import seed_step
@@ -105,7 +105,7 @@ class LevelBatches:
         generator = seed_step(self._seed, epoch, step, self._device)
         chosen = rows if world_size() > 1 else None
         images, cameras = self._data.augmented(indices, self._settings.augment, generator, self._device, chosen)
-        on_device = {level: each.to(self._device, non_blocking=True) for level, each in labels.items()}
+        on_device = {level: to_device(each, self._device) for level, each in labels.items()}
         return Batch(step, images, cameras, dict(zip(labels, bounds, strict=True)), on_device, indices)
 
     def state_dict(self) -> dict[str, Tensor]:

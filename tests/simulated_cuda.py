@@ -46,6 +46,7 @@ class SimulatedCuda:
         )
         self.chosen: list[int] = []
         self.waits: list[str] = []
+        self._refuses_waits = False
         self._thread = threading.current_thread()
         self._restore = ExitStack()
 
@@ -69,7 +70,13 @@ class SimulatedCuda:
         """Notes that the host waits, unless that is a thread beside the one that entered the context."""
         if threading.current_thread() is self._thread:
             self.waits.append(what)
+            if self._refuses_waits:
+                raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
         self.on_arrival()
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        """As torch's; copies in the background from memory that is not pinned are refused as well."""
+        self._refuses_waits = mode == "error"
 
     def set_device(self, index: int) -> None:
         """What the driver does for `torch.cuda.set_device`."""
@@ -118,6 +125,7 @@ class SimulatedCuda:
             "is_current_stream_capturing": lambda: False,
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+            "set_sync_debug_mode": self.set_sync_debug_mode,
             "Event": Event,
             **dict.fromkeys(("empty_cache", "reset_peak_memory_stats"), lambda device=None: None),
             **dict.fromkeys(FIGURES, lambda device=None: 0),

@@ -12,8 +12,8 @@ garbage, as it may from a GPU. Autocast has the CPU's lists of operators here, s
 `fake_gpu` does.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.cuda_kernels import KERNELS
 from tests.host_waits import waits_for_values
 from tests.simulated_cuda import SimulatedCuda
-from tests.simulated_tensor import HOST, SimulatedGenerator, SimulatedTensor, is_gpu
+from tests.simulated_tensor import GPU, HOST, IN_CPP, SimulatedGenerator, SimulatedTensor, is_gpu
 
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # whose indices may be of the CPU
 COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
@@ -34,6 +35,13 @@ CPU_VARIANTS = {
     f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}": f"aten::_scaled_dot_product_flash_attention{suffix}"
     for suffix in ("", "_backward")
 }
+
+
+@contextmanager
+def any_gpu() -> Iterator[torch.device]:
+    """Yields the GPU cuda:0; a simulated one on a machine without any."""
+    with nullcontext() if torch.cuda.is_available() else SimulatedGpu():
+        yield GPU
 
 
 class SimulatedGpu(TorchDispatchMode):
@@ -82,6 +90,8 @@ class SimulatedGpu(TorchDispatchMode):
             host.copy_(values)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return IN_CPP
         name, kwargs = func.overloadpacket.__name__, dict(kwargs or {})
         if torch.is_inference_mode_enabled() and _is_composite(func):  # which autograd would have taken apart
             super().__enter__()
@@ -120,12 +130,12 @@ class SimulatedGpu(TorchDispatchMode):
             _check(func, name, plain_args, plain_kwargs, host if sources else [], on_gpu)
         if device is not None:
             plain_kwargs["device"] = HOST
-        out = func(*plain_args, **plain_kwargs)
+        out = KERNELS.get(name, func)(*plain_args, **plain_kwargs)
         if name in ("_to_copy", "copy_"):
             self._copied(name, args, kwargs, out, on_gpu)
         if not on_gpu:
             return self._pin(out) if pins else out
-        return _map(lambda each: sources[id(each)] if id(each) in sources else SimulatedTensor(each), out)
+        return _map(lambda each: _outer(each, sources), out)
 
     def _copied(self, name: str, args: Any, kwargs: Any, out: Tensor, on_gpu: bool) -> None:
         """Notes a copy between host and GPU that the host waits for; others to the host are under way."""
@@ -143,7 +153,8 @@ class SimulatedGpu(TorchDispatchMode):
             self.cuda.wait("copy to the host")
             return
         self._under_way.append((out, out.clone()))
-        out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+        whole = not (out.is_floating_point() or out.is_complex())
+        out.fill_((out.dtype == torch.bool or torch.iinfo(out.dtype).max) if whole else float("nan"))
 
     def _pin(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -152,6 +163,15 @@ class SimulatedGpu(TorchDispatchMode):
 
     def _is_pinned(self, tensor: Tensor) -> bool:
         return not isinstance(tensor, SimulatedTensor) and tensor.untyped_storage()._cdata in self._pinned
+
+
+def _outer(value: Tensor, sources: dict[int, SimulatedTensor]) -> SimulatedTensor:
+    """Returns the simulated tensor around a result: one of the arguments, or a new one."""
+    if id(value) not in sources:
+        return SimulatedTensor(value)
+    source = sources[id(value)]
+    assert source.shape == value.shape, "simulated tensors cannot be resized"
+    return source
 
 
 def _check(func: Any, name: str, args: Any, kwargs: Any, host: list[Tensor], on_gpu: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 GPU, IN_CPP, HOST = torch.device("cuda", 0), torch.device("cpu", 0), torch.device("cpu")
 
@@ -35,9 +35,8 @@ class SimulatedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, value: Tensor) -> "SimulatedTensor":
-        layout = {"strides": value.stride(), "storage_offset": value.storage_offset()}
         with torch.inference_mode(value.is_inference()):
-            made = torch.Tensor._make_wrapper_subclass(cls, value.shape, **layout, dtype=value.dtype, device=IN_CPP)
+            made = torch.Tensor._make_subclass(cls, value, False, dispatch_device=True)
         made.value = value
         return made
 
@@ -53,6 +52,12 @@ class SimulatedTensor(torch.Tensor):
         options = {"device": elsewhere, "dtype": dtype, "memory_format": layout}
         given = {name: value for name, value in options.items() if value is not None}
         return super().to(non_blocking=non_blocking, copy=copies, **given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = self.detach().clone()
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, self.requires_grad)
+        return memo.setdefault(id(self), copied)
 
     def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
         return self

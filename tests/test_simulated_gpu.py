@@ -17,9 +17,9 @@ pytestmark = without_gpu
 
 
 @pytest.fixture
-def gpu() -> Iterator[SimulatedGpu]:
-    with SimulatedGpu() as simulated:
-        yield simulated
+def simulated() -> Iterator[SimulatedGpu]:
+    with SimulatedGpu() as gpu:
+        yield gpu
 
 
 def test_a_gpu_is_found_inside_and_none_outside() -> None:
@@ -53,7 +53,7 @@ def test_a_device_is_chosen_as_torch_chooses_one() -> None:
         assert not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def test_tensors_are_where_they_were_made_or_moved(gpu: SimulatedGpu) -> None:
+def test_tensors_are_where_they_were_made_or_moved(simulated: SimulatedGpu) -> None:
     made = torch.arange(6.0, device=GPU)
     moved = torch.arange(6.0).to(GPU)
     for tensor in (made, moved, made.view(2, 3)[0], made.new_zeros(2), torch.empty_like(made), F.one_hot(made.long())):
@@ -67,7 +67,7 @@ def test_tensors_are_where_they_were_made_or_moved(gpu: SimulatedGpu) -> None:
         made.numpy()
 
 
-def test_views_and_changes_in_place_share_their_values(gpu: SimulatedGpu) -> None:
+def test_views_and_changes_in_place_share_their_values(simulated: SimulatedGpu) -> None:
     table = torch.arange(12.0, device=GPU).view(3, 4)
     row, (first, second) = table[1], table.T.split(2)
     row.add_(100)
@@ -105,7 +105,7 @@ def train(device: torch.device, *, checkpointed: bool) -> tuple[list[float], lis
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_training_has_the_values_of_the_cpu(checkpointed: bool, gpu: SimulatedGpu) -> None:
+def test_a_training_has_the_values_of_the_cpu(checkpointed: bool, simulated: SimulatedGpu) -> None:
     losses, tensors = train(GPU, checkpointed=checkpointed)
     expected, expected_tensors = train(HOST, checkpointed=checkpointed)
     assert losses == expected
@@ -141,19 +141,19 @@ def refused() -> dict[str, tuple[Callable[[], object], str]]:
     ["a sum", "a parameter", "a result of the host", "an index", "values that are set", "numbers that are joined",
      "a generator", "pinned memory", "whole numbers", "another GPU", "no statistics"],
 )  # fmt: skip
-def test_what_a_gpu_refuses_is_refused(case: str, gpu: SimulatedGpu) -> None:
+def test_what_a_gpu_refuses_is_refused(case: str, simulated: SimulatedGpu) -> None:
     call, words = refused()[case]
     with pytest.raises(RuntimeError, match=words):
         call()
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this build of torch does not know which kernels CUDA has")
-def test_an_operator_of_the_cpu_alone_is_refused(gpu: SimulatedGpu) -> None:
+def test_an_operator_of_the_cpu_alone_is_refused(simulated: SimulatedGpu) -> None:
     with pytest.raises(NotImplementedError, match="no CUDA kernel"):
         torch.histogram(torch.ones(3, device=GPU), 2)
 
 
-def test_numbers_and_indices_of_the_host_are_taken(gpu: SimulatedGpu) -> None:
+def test_numbers_and_indices_of_the_host_are_taken(simulated: SimulatedGpu) -> None:
     table = torch.arange(4.0, device=GPU)
     assert (table * torch.tensor(2.0)).tolist() == [0, 2, 4, 6]
     assert table[torch.tensor([3, 1])].tolist() == [3, 1]
@@ -183,15 +183,15 @@ def test_numbers_and_indices_of_the_host_are_taken(gpu: SimulatedGpu) -> None:
     ],
 )
 def test_what_makes_the_host_wait_is_noted(
-    what: str, call: Callable[[SimulatedTensor], object], gpu: SimulatedGpu
+    what: str, call: Callable[[SimulatedTensor], object], simulated: SimulatedGpu
 ) -> None:
     tensor = torch.arange(3.0, device=GPU)
-    assert gpu.waits == []
+    assert simulated.waits == []
     call(tensor)
-    assert gpu.waits == [what]
+    assert simulated.waits == [what]
 
 
-def test_what_runs_beside_the_host_is_not_noted(gpu: SimulatedGpu) -> None:
+def test_what_runs_beside_the_host_is_not_noted(simulated: SimulatedGpu) -> None:
     tensor = torch.arange(4.0, device=GPU)
     pinned = torch.ones(4).pin_memory()
     assert pinned[1:].is_pinned()
@@ -199,10 +199,10 @@ def test_what_runs_beside_the_host_is_not_noted(gpu: SimulatedGpu) -> None:
     torch.where(tensor > 0, tensor, 0.0)[1:].masked_fill_(tensor[1:] > 2, 1).to("cpu", non_blocking=True)
     tensor.repeat_interleave(2)
     tensor.repeat_interleave(tensor.long(), output_size=4)
-    assert gpu.waits == []
+    assert simulated.waits == []
 
 
-def test_a_copy_in_the_background_is_garbage_until_it_has_arrived(gpu: SimulatedGpu) -> None:
+def test_a_copy_in_the_background_is_garbage_until_it_has_arrived(simulated: SimulatedGpu) -> None:
     numbers, host = torch.arange(2, device=GPU), torch.empty(2, dtype=torch.int64, pin_memory=True)
     floats = numbers.float().to("cpu", non_blocking=True)
     host.copy_(numbers, non_blocking=True)

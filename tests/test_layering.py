@@ -30,8 +30,10 @@ ALLOWED = {
     "engine": STRATEGIES - {"engine"},
     "strategies": STRATEGIES,
     "build": RUNS - {"build"} | {"synthetic"},
-    "runs": RUNS,
-    "cli": RUNS - {"models", "losses", "strategies"} | {"runs", "synthetic"},
+    "estimate": RUNS,
+    "runs": RUNS | {"estimate"},
+    "doctor": RUNS | {"runs", "synthetic"},
+    "cli": RUNS - {"models", "losses", "strategies"} | {"estimate", "runs", "synthetic", "doctor"},
 }
 DISTRIBUTED = {"distributed.py", "retrieval/search/ring.py"}
 WITHOUT_TORCH = ("errors", "settings", "recipe", "cli", *(f"cli.{name}" for name in COMMANDS))

@@ -56,6 +56,7 @@ def load_image_set(
     *,
     name: str,
     device: torch.device,
+    reserved_bytes: int = 0,
     scratch: Path | None,
     reporter: Reporter,
 ) -> ImageSet:
@@ -63,10 +64,18 @@ def load_image_set(
 
     Args:
         known_cameras: camera ids that the model has embeddings for, if any.
+        reserved_bytes: of a GPU's free memory, left to the training.
         scratch: folder for a memory-mapped file.
     """
     with reporter.progress(f"decoding {name}") as advance:
-        store = load_images(records.paths, settings, device=device, scratch=scratch, on_progress=advance)
+        store = load_images(
+            records.paths,
+            settings,
+            device=device,
+            reserved_bytes=reserved_bytes,
+            scratch=scratch,
+            on_progress=advance,
+        )
     reporter.say(f"{name}: {store.describe()}")
     cameras = camera_indices(records.camera_ids, known_cameras).to(device)
     return ImageSet(store.images, cameras, settings, records.paths)

@@ -235,6 +235,12 @@ def _gpu_of_process(device: torch.device, processes: int) -> torch.device:
     return torch.device("cuda", local)
 
 
+def backends() -> dict[str, bool]:
+    """Returns which of the backends that `init_device` joins processes by this build of torch has."""
+    available = dist.is_available()
+    return {"gloo": available and dist.is_gloo_available(), "nccl": available and dist.is_nccl_available()}
+
+
 def is_lost_process(error: RuntimeError) -> bool:
     """Returns whether an error means that another process is gone."""
     if not _is_initialized():

@@ -1,4 +1,4 @@
-"""Recipes: TOML files that become the frozen dataclasses of `settings`. Only `build`, `runs` and `cli` know them.
+"""Recipes: TOML files that become the frozen dataclasses of `settings`, for `build`, `runs`, `doctor` and `cli` only.
 
 A recipe states what differs from the defaults. Every other part of the package takes its own settings object.
 """
@@ -49,6 +49,13 @@ def load_strategy(name_or_file: str) -> str:
     """Returns the adaptation strategy that a recipe itself states; errors of the file are those of `load_recipe`."""
     adapt = _load_table(name_or_file).get("adapt")
     return str(adapt.get("strategy", AdaptSettings.strategy)) if isinstance(adapt, dict) else AdaptSettings.strategy
+
+
+def load_stages(name_or_file: str) -> tuple[str, ...]:
+    """Returns which of "pretrain" and "adapt" a recipe has a section for; both if it has neither."""
+    table = _load_table(name_or_file)
+    stages = ("pretrain", "adapt")
+    return tuple(stage for stage in stages if stage in table) or stages
 
 
 def parse_recipe(text: str, overrides: Sequence[str] = (), strategy: str | None = None) -> Recipe:

@@ -1,5 +1,6 @@
 """One function for each command that trains or measures: data and model in, a run's folder and summary out."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -11,19 +12,21 @@ from torch import nn
 
 from uda_reid import __version__
 from uda_reid.build import LoadedModel, build_strategy, load_image_set, load_source_model, make_model
-from uda_reid.data.records import ReIDDataset, TestSplit, anonymize
-from uda_reid.distributed import barrier
+from uda_reid.data.image_set import ImageSet
+from uda_reid.data.records import Records, ReIDDataset, TestSplit, anonymize
+from uda_reid.distributed import barrier, world_size
 from uda_reid.engine.adapt import adapt
 from uda_reid.engine.checkpoint import save_checkpoint
 from uda_reid.engine.compilation import compile_networks
 from uda_reid.engine.evaluate import evaluate
-from uda_reid.engine.prepare import make_autocast, prepare, prepare_device
+from uda_reid.engine.prepare import autocast_dtype, make_autocast, prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.state_files import StateFiles
 from uda_reid.errors import UserError
+from uda_reid.estimate import ALLOWANCE, estimate_memory
 from uda_reid.models.reid_model import ReIDModel
-from uda_reid.recipe import dump_recipe
+from uda_reid.recipe import dump_recipe, override_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import SUMMARY, RunLog
 from uda_reid.report.training_report import TrainingReport
@@ -49,9 +52,7 @@ def run_pretrain(
     settings, training = recipe.pretrain, recipe.training
     steps = settings.epochs * settings.steps_for(len(source.train))
     _compile([model], recipe, settings.identities * settings.instances, steps, device, reporter)
-    images = load_image_set(
-        source.train, known, recipe.images, name=source.name, device=device, scratch=log.folder, reporter=reporter
-    )
+    images = _load_images(source.train, known, recipe, "pretrain", source.name, device, reporter, log)
     labels, report = labels.astype(np.int64), TrainingReport(reporter, log)
     rows = pretrain(
         model, objective, images, labels, settings, training, seed=seed, device=device, state=state, report=report
@@ -110,9 +111,7 @@ def run_adapt(
     _compile(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
     records = anonymize(target.train, device)
     state.check_images([path.name for path in records.paths])
-    images = load_image_set(
-        records, known, recipe.images, name=target.name, device=device, scratch=log.folder, reporter=reporter
-    )
+    images = _load_images(records, known, recipe, "adapt", target.name, device, reporter, log)
     report = TrainingReport(reporter, log)
     rows = adapt(strategy, images, recipe.adapt, recipe.training, seed=seed, device=device, state=state, report=report)
     source = init.metadata["source"]
@@ -224,6 +223,46 @@ def open_state(log: RunLog, recipe: Recipe, reporter: Reporter) -> TrainState:
         log.restart([])
         reporter.say(f"{log.folder} holds no saved state yet, so the run starts at its beginning.")
     return state
+
+
+def _load_images(
+    records: Records,
+    known_cameras: tuple[int, ...],
+    recipe: Recipe,
+    stage: str,
+    name: str,
+    device: torch.device,
+    reporter: Reporter,
+    log: RunLog,
+) -> ImageSet:
+    """Decodes the images of a training; on a GPU they are kept only where they leave room for it."""
+    reserved = _bytes_to_reserve(recipe, stage, device, reporter) if device.type == "cuda" else 0
+    return load_image_set(
+        records,
+        known_cameras,
+        recipe.images,
+        name=name,
+        device=device,
+        reserved_bytes=reserved,
+        scratch=log.folder,
+        reporter=reporter,
+    )
+
+
+def _bytes_to_reserve(recipe: Recipe, stage: str, device: torch.device, reporter: Reporter) -> int:
+    """Returns what a training still takes of a GPU whose networks are there already, and says what it takes in all."""
+    own = override_recipe(recipe, (f"{stage}.identities={max(2, getattr(recipe, stage).identities // world_size())}",))
+    precision = str(autocast_dtype(recipe.training, device)).removeprefix("torch.")
+    try:
+        needed = estimate_memory(own, stage, precision).peak + ALLOWANCE
+    except RuntimeError as error:  # an operator that cannot be traced without data, in a network of the user's choice
+        reporter.warn(
+            f"The memory of this training cannot be estimated ({str(error).splitlines()[0]}), so images are kept off "
+            "the GPU; set images.store to choose."
+        )
+        return sys.maxsize
+    reporter.say(f"Training takes about {needed / 2**30:.1f} GiB of GPU memory (`cli.py models --memory` says why).")
+    return needed - torch.cuda.memory_allocated(device)
 
 
 def _compile(

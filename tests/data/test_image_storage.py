@@ -44,10 +44,10 @@ GIB = 2**30
 def test_where_images_are_kept(
     store: str, on_gpu: bool, images: int, shared: bool, storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 10 GiB free on the GPU, of which 0.3 may be used, a limit of 9 GiB in memory, and 3 bytes an image."""
+    """With 10 GiB free on the GPU, of which 7 are reserved, a limit of 9 GiB in memory, and 3 bytes an image."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 80 * GIB))
     settings = ImageSettings(height=1, width=1, store=store, memory_limit_gib=9.0)
-    assert choose_storage(images, settings, GPU if on_gpu else CPU, shared=shared) == storage
+    assert choose_storage(images, settings, GPU if on_gpu else CPU, reserved_bytes=7 * GIB, shared=shared) == storage
 
 
 def test_pinned_memory_needs_a_gpu(assert_sentence: Callable[..., None]) -> None:

@@ -61,7 +61,11 @@ CASES = {
     **{f"lf2, {name}": ("lf2", overrides) for name, overrides in SHARED.items()},
     "lf2, a batch for each level": ("lf2", ("adapt.shared_batch=false",)),
     "lf2, cross-instance": ("lf2", tuple(f"adapt.lf2.cross_instance.{key}" for key in KEYS)),
+    "lf2, chunks and checkpoints": ("lf2", ("training.accumulate=2", "training.checkpoint_activations=true")),
+    "lf2, float16": ("lf2", ("training.precision=float16",)),
     "baseline": ("baseline", ()),
+    "baseline, pinned images": ("baseline", ("images.store=pinned",)),
+    "baseline, images in a file": ("baseline", ("images.store=file",)),
 }
 
 

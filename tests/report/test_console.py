@@ -33,6 +33,8 @@ def test_names_are_printed_as_they_are(text: str, terminal: bool) -> None:
     everything = {
         "say": lambda reporter: reporter.say(text),
         "warn": lambda reporter: reporter.warn(text),
+        "error": lambda reporter: reporter.error(text),
+        "running": lambda reporter: reporter.running(text).__enter__(),
         "metrics title": lambda reporter: reporter.metrics(text, {"model": VALUES}),
         "metrics row": lambda reporter: reporter.metrics("title", {text: VALUES}),
         "table cell": lambda reporter: reporter.table(["a", "b"], [[text, "1"]]),
@@ -42,6 +44,7 @@ def test_names_are_printed_as_they_are(text: str, terminal: bool) -> None:
     }
     if not terminal:
         del everything["progress"]  # it prints only at the end of its stage
+        del everything["running"]  # it prints nothing
     for name, write in everything.items():
         assert text in ESCAPE.sub("", printed(write, terminal=terminal)), name
 
@@ -55,6 +58,9 @@ def test_plain_output_has_no_control_codes() -> None:
     def everything(reporter: Reporter) -> None:
         reporter.say("a")
         reporter.warn("b")
+        reporter.error("b")
+        with reporter.running("b"):
+            pass
         reporter.table_header({"epoch": 7})
         reporter.table_row(["1/2"])
         reporter.metrics("t", {"before": VALUES, "after": BETTER})

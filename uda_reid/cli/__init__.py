@@ -29,6 +29,7 @@ COMMANDS = {
     "synth": "Render an embedded domain into a folder.",
     "models": "Count parameters, GFLOPs and descriptor size of each backbone.",
     "recipes": "List the recipes, or all keys of one.",
+    "doctor": "Report on this machine; with --run, try every path on it.",
 }
 
 

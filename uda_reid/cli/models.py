@@ -1,4 +1,4 @@
-"""`models`: the parts and the cost of each backbone."""
+"""`models`: the parts and the cost of each backbone, and the GPU memory that a recipe's training takes."""
 
 import json
 from typing import Any
@@ -6,21 +6,33 @@ from typing import Any
 import click
 
 from uda_reid.cli.options import recipe_option, set_option
-from uda_reid.recipe import load_recipe, override_recipe
+from uda_reid.recipe import load_recipe, load_stages, override_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.settings import BACKBONES, Recipe
+
+GIB = 2**30
+MEMORY_PARTS = ("weights", "gradients", "optimizer", "activations")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="A list of JSON objects instead of a table.")
+@click.option("--memory", "memory_recipe", metavar="NAME|FILE", help="Trace the GPU memory of this recipe's training.")
 @recipe_option
 @set_option
-def models(as_json: bool, recipe_name: str | None, overrides: tuple[str, ...]) -> None:
+def models(as_json: bool, memory_recipe: str | None, recipe_name: str | None, overrides: tuple[str, ...]) -> None:
     """Parameters, GFLOPs, descriptor and grid of each backbone, classifiers left out.
 
     Without --recipe: every backbone at the default sizes (ResNet-50 and ViT-B/16 with stride 12, at 256x128). A
     multiply-add counts as one FLOP.
+
+    With --memory: what a training step of a recipe needs on a GPU, for each precision and with the settings that need
+    less, traced without a GPU in a minute or two (docs/memory.md).
     """
+    if memory_recipe is not None and recipe_name is not None:
+        raise click.UsageError("Options '--memory' and '--recipe' both name a recipe; give one of them.")
+    if memory_recipe is not None:
+        _show_memory(memory_recipe, overrides, as_json)
+        return
     if recipe_name is not None:
         recipes = [load_recipe(recipe_name, overrides)]
     else:
@@ -50,3 +62,35 @@ def _count(recipe: Recipe) -> dict[str, Any]:
     height, width = recipe.images.height, recipe.images.width
     counts = inspect_model(make_model(recipe, 0, seed=0, pretrained=False), height, width)
     return {"name": recipe.model.backbone, "input": f"{height}x{width}", **counts}
+
+
+def _show_memory(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    from uda_reid.estimate import ALLOWANCE, CLUSTERS, IDENTITIES, tabulate_memory
+
+    recipe, stages = load_recipe(name, overrides), load_stages(name)
+    rows = [row for stage in stages for row in tabulate_memory(recipe, stage)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    reporter = Reporter()
+    table = [
+        [
+            *(row[key] for key in ("stage", "precision", "settings")),
+            *(f"{row['step'][part] / GIB:.2f}" for part in MEMORY_PARTS),
+            f"{row['total'] / GIB:.2f}",
+            f"{row['relative_operations']:.2f}",
+        ]
+        for row in rows
+    ]
+    reporter.table(["stage", "precision", "settings", *MEMORY_PARTS, "total", "operations"], table)
+    images = {row["stage"]: row["images"] for row in rows}
+    batches = " and ".join(f"{count} images ({stage})" for stage, count in images.items())
+    reporter.say(
+        f"GiB alive at the peak of a step of {batches}, traced without a GPU; operations are relative to the first row."
+    )
+    if len(stages) == 1:
+        reporter.say(f"The recipe has no section for the other stage than {stages[0]}.")
+    reporter.say(
+        f"Assumed: {IDENTITIES} identities (pretrain), {CLUSTERS} clusters (adapt). Not counted: what no trace sees "
+        f"(docs/memory.md allows {ALLOWANCE / GIB:.1f} GiB for it), images kept on the device, and clustering."
+    )

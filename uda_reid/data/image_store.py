@@ -23,9 +23,6 @@ from uda_reid.errors import UserError
 from uda_reid.settings import ImageSettings
 
 BLOCK = 1024  # images decoded between two progress reports
-# The share of a GPU's free memory that images may take. Networks, optimizer and activations need the rest, most of it
-# later; pinned memory, the next choice, costs a step little.
-DEVICE_FRACTION = 0.3
 STORAGE = {
     "device": "on the device",
     "pinned": "in pinned memory",
@@ -60,6 +57,7 @@ def load_images(
     settings: ImageSettings,
     *,
     device: torch.device,
+    reserved_bytes: int = 0,
     scratch: Path | None = None,
     on_progress: Progress | None = None,
 ) -> ImageStore:
@@ -69,6 +67,7 @@ def load_images(
 
     Args:
         device: that batches are wanted on.
+        reserved_bytes: of a GPU's free memory, left to whatever comes after.
         scratch: folder for the memory-mapped file, which loses its name once it is mapped and is freed with the array.
             None is the system's temporary folder, and each process then decodes the whole set.
         on_progress: called for the images of this process.
@@ -78,11 +77,11 @@ def load_images(
     """
     shape = (len(paths), 3, settings.height, settings.width)
     if scratch is None or distributed.world_size() == 1:
-        storage = choose_storage(len(paths), settings, device)
+        storage = choose_storage(len(paths), settings, device, reserved_bytes=reserved_bytes)
         images = _new_file(shape, scratch) if storage == "file" else _new_memory(shape, storage, device)
         _fill(images, paths, settings, on_progress)
         return ImageStore(images, storage)
-    storage = choose_storage(len(paths), settings, device, shared=True)
+    storage = choose_storage(len(paths), settings, device, reserved_bytes=reserved_bytes, shared=True)
     images = _shared_file(shape, scratch)
     share = distributed.shard(len(paths), distributed.local_rank(), distributed.local_world_size())
     _fill(images[share], paths[share], settings, on_progress)
@@ -90,15 +89,18 @@ def load_images(
     return ImageStore(images if storage == "file" else _new_memory(shape, storage, device).copy_(images), storage)
 
 
-def choose_storage(images: int, settings: ImageSettings, device: torch.device, *, shared: bool = False) -> str:
+def choose_storage(
+    images: int, settings: ImageSettings, device: torch.device, *, reserved_bytes: int = 0, shared: bool = False
+) -> str:
     """Returns the key of STORAGE for a set of images.
 
-    It is what the settings name. For "auto": a GPU's own memory up to DEVICE_FRACTION of what is free there, else
-    memory (pinned, for a GPU) up to the settings' limit, else a file. Several processes use one file instead of a copy
-    in the memory of each.
+    It is what the settings name. For "auto": a GPU's own memory if they fit there beside what is reserved, else memory
+    (pinned, for a GPU, whose steps it costs little) up to the settings' limit, else a file. Several processes use one
+    file instead of a copy in the memory of each.
 
     Args:
         images: N.
+        reserved_bytes: as in `load_images`.
         shared: whether other processes of this machine need the same images.
 
     Raises:
@@ -115,7 +117,7 @@ def choose_storage(images: int, settings: ImageSettings, device: torch.device, *
     if settings.store != "auto":
         return settings.store
     size = settings.bytes_of(images)
-    if on_gpu and size <= DEVICE_FRACTION * torch.cuda.mem_get_info(device)[0]:
+    if on_gpu and size <= torch.cuda.mem_get_info(device)[0] - reserved_bytes:
         return "device"
     if shared or size > settings.memory_limit_gib * 2**30:
         return "file"

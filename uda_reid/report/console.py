@@ -40,6 +40,10 @@ class Reporter:
         """Prints one line that is marked as a warning."""
         self._console.print(Text.assemble(("warning:", "yellow"), " ", text))
 
+    def error(self, text: str) -> None:
+        """Prints one line that is marked as an error."""
+        self._console.print(Text.assemble(("error:", "red"), " ", text))
+
     def track(
         self, batches: Iterable[T], title: str, total: int, size: Callable[[T], int] | None = None
     ) -> Iterator[T]:
@@ -94,6 +98,15 @@ class Reporter:
                 bar.update(task, completed=done, total=total, speed=speed)
 
             yield advance
+
+    @contextmanager
+    def running(self, title: str) -> Iterator[None]:
+        """Shows on a terminal that something is under way; the line disappears at the end."""
+        if not self.is_terminal:
+            yield
+            return
+        with self._console.status(Text(title)):
+            yield
 
     def table_header(self, columns: Mapping[str, int]) -> None:
         """Prints the header of a table whose rows follow one by one, by `table_row`.

@@ -32,6 +32,10 @@ class Watch(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.forget()
+
+    def forget(self) -> None:
+        """Starts anew."""
         self.without_kernel: set[str] = set()
         self.waits: list[str] = []
 
@@ -39,18 +43,20 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # a fake tensor is asked for its device, which depends on who asks
             return NotImplemented
+        devices = _devices((args, kwargs))
+        if "cuda" in devices and waits_for_values(func, args, kwargs):
+            self.waits.append(func.name())
+        if "cuda" in devices and not has_cuda_kernel(func.name()):
+            self.without_kernel.add(func.name())
         out = func(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
-        devices = {tensor.device.type for tensor in tensors}
-        if "cuda" in devices:
-            if not has_cuda_kernel(func.name()):
-                self.without_kernel.add(func.name())
-            if waits_for_values(func, args, kwargs):
-                self.waits.append(func.name())
-            if func.overloadpacket.__name__ in ("copy_", "_to_copy") and len(devices) == 2:
-                background = kwargs.get("non_blocking") or args[2:3] == (True,)
-                self.waits += [] if background else [f"{func.name()} between host and GPU"]
+        if func.overloadpacket.__name__ in ("copy_", "_to_copy") and len(devices | _devices(out)) == 2:
+            background = kwargs.get("non_blocking") or args[2:3] == (True,)
+            self.waits += [] if background else [f"{func.name()} between host and GPU"]
         return out
+
+
+def _devices(values: Any) -> set[str]:
+    return {leaf.device.type for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
 
 
 class FakeGpu:

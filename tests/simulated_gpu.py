@@ -48,11 +48,13 @@ class SimulatedGpu(TorchDispatchMode):
     """A context in which torch finds a single GPU that computes.
 
     Args:
+        index: of the GPU.
         options: of `SimulatedCuda`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, index: int = 0, **options: Any) -> None:
         super().__init__()
+        self.device = torch.device("cuda", index)
         self.cuda = SimulatedCuda(on_arrival=self._arrive, **options)
         self._pinned: dict[int, torch.UntypedStorage] = {}
         self._under_way: list[tuple[Tensor, Tensor]] = []
@@ -66,6 +68,7 @@ class SimulatedGpu(TorchDispatchMode):
     def __enter__(self) -> "SimulatedGpu":
         stack, future, low = self._restore, torch.__future__, torch._C
         stack.enter_context(self.cuda)
+        stack.enter_context(mock.patch.object(SimulatedTensor, "device_of_process", self.device))
         for module, replacements in _replacements():
             for name, replacement in replacements.items():
                 stack.enter_context(mock.patch.object(module, name, replacement))
@@ -186,7 +189,7 @@ def _check(func: Any, name: str, args: Any, kwargs: Any, host: list[Tensor], on_
     no_numbers = name in ("cat", "stack") or name.startswith("_fused")
     written = func._schema.is_mutable and isinstance(args[0], Tensor) and any(args[0] is tensor for tensor in host)
     if name not in COPIES and (written or any(tensor.dim() > 0 or no_numbers for tensor in host)):
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found cuda:0 and cpu")
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found a GPU and the CPU")
     if (generator := kwargs.get("generator")) is not None:
         claimed = SimulatedGenerator.alive.get(generator._cdata, generator).device
         if is_gpu(claimed) != on_gpu:

@@ -14,21 +14,23 @@ GPU, IN_CPP, HOST = torch.device("cuda", 0), torch.device("cpu", 0), torch.devic
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Returns whether a device is the simulated GPU, as Python or as C++ calls it."""
-    if device.type == "cuda" and device.index:
-        raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, but one GPU is simulated)")
+    """Returns whether a device is the simulated GPU of this process, as Python or as C++ calls it."""
+    own = SimulatedTensor.device_of_process
+    if device.type == "cuda" and device.index not in (None, own.index):
+        raise RuntimeError(f"CUDA error: invalid device ordinal ({device}, but this process has {own})")
     return device.type == "cuda" or device == IN_CPP
 
 
 class SimulatedTensor(torch.Tensor):
-    """A tensor that claims to be on cuda:0.
+    """A tensor that claims to be on the GPU of this process.
 
     Attributes:
         value: holds its numbers on the CPU; views of the one are views of the other.
     """
 
     value: Tensor
-    device = property(lambda self: GPU)  # type: ignore[assignment]
+    device_of_process = GPU
+    device = property(lambda self: self.device_of_process)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -63,10 +65,10 @@ class SimulatedTensor(torch.Tensor):
         return self
 
     def get_device(self) -> int:
-        return 0
+        return self.device_of_process.index
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to the host.")
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy it first.")
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

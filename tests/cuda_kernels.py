@@ -1,6 +1,7 @@
-"""Operators that only CUDA has, computed by the CPU for `simulated_gpu`: those of torch's SyncBatchNorm.
+"""Operators that only CUDA has, or has in another form, computed by the CPU for `simulated_gpu`.
 
-They take and return plain tensors of the CPU; inputs are [B, C, ...], statistics [C], sums over the B and the grid.
+They take and return plain tensors of the CPU. In those of torch's SyncBatchNorm inputs are [B, C, ...] and statistics
+[C], and sums are over B and the grid.
 """
 
 from collections.abc import Callable
@@ -67,6 +68,14 @@ def batch_norm_backward_elemt(
     slope = _wide(gradient) - _as(input, total / count)
     slope = (slope - centred * _as(input, inverse_deviation**2 * projected / count)) * _as(input, inverse_deviation)
     return (slope if weight is None else slope * _as(input, weight)).to(input.dtype)
+
+
+def shuffle_additions(
+    order: torch.Generator, target: Tensor, dimension: int, index: Tensor, source: Tensor, *others: Any
+) -> tuple[Any, ...]:
+    """Returns the arguments of `index_add_` with its additions in another order."""
+    shuffled = torch.randperm(len(index), generator=order)
+    return target, dimension, index[shuffled], source.index_select(dimension, shuffled), *others
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

@@ -24,7 +24,7 @@ def run_in_processes(function: Callable[..., T], world_size: int, *args: Any, gp
     Args:
         function: defined at the top level of a module, since the processes are spawned.
         args: anything that can be pickled, as the results.
-        gpus: give each process a simulated GPU, cuda:0 to the first, cuda:1 to the second.
+        gpus: give each process a simulated GPU, cuda:0 to the first and so on; each adds in an order of its own.
 
     Raises:
         ProcessRaisedException: a process failed; the others are stopped, and the message holds its traceback.
@@ -42,7 +42,7 @@ def _run(
         os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    with SimulatedGpu(rank, gpus=world_size) if gpus else nullcontext():
+    with SimulatedGpu(rank, unordered=True, gpus=world_size) if gpus else nullcontext():
         torch.save(function(*args), folder / f"{rank}.pt")
     dist.barrier()  # a process that leaves early would break the others' last collective
     dist.destroy_process_group()

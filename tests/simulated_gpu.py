@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cuda_kernels import KERNELS
+from tests.cuda_kernels import KERNELS, shuffle_additions
 from tests.host_waits import waits_for_values
 from tests.simulated_cuda import SimulatedCuda
 from tests.simulated_tensor import GPU, HOST, IN_CPP, SimulatedGenerator, SimulatedTensor, is_gpu
@@ -49,11 +49,13 @@ class SimulatedGpu(TorchDispatchMode):
 
     Args:
         index: of the GPU.
+        unordered: add floating-point numbers in `index_add_` in another order each time, as CUDA does.
         options: of `SimulatedCuda`.
     """
 
-    def __init__(self, index: int = 0, **options: Any) -> None:
+    def __init__(self, index: int = 0, *, unordered: bool = False, **options: Any) -> None:
         super().__init__()
+        self._order = torch.Generator().manual_seed(index) if unordered else None
         self.device = torch.device("cuda", index)
         self.cuda = SimulatedCuda(on_arrival=self._arrive, **options)
         self._pinned: dict[int, torch.UntypedStorage] = {}
@@ -133,6 +135,8 @@ class SimulatedGpu(TorchDispatchMode):
             _check(func, name, plain_args, plain_kwargs, host if sources else [], on_gpu)
         if device is not None:
             plain_kwargs["device"] = HOST
+        if self._order is not None and name in ("index_add", "index_add_") and plain_args[3].is_floating_point():
+            plain_args = shuffle_additions(self._order, *plain_args)
         out = KERNELS.get(name, func)(*plain_args, **plain_kwargs)
         if name in ("_to_copy", "copy_"):
             self._copied(name, args, kwargs, out, on_gpu)

@@ -202,6 +202,20 @@ def test_what_runs_beside_the_host_is_not_noted(simulated: SimulatedGpu) -> None
     assert simulated.waits == []
 
 
+def test_sums_in_any_order_differ_in_their_last_bits() -> None:
+    index, numbers = torch.zeros(1000, dtype=torch.int64), torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    found = []
+    for unordered in (False, True):
+        with SimulatedGpu(unordered=unordered):
+            zeros = torch.zeros(1, device=GPU)
+            sums = [zeros.index_add(0, index.to(GPU), numbers.to(GPU)).item() for _ in range(5)]
+            whole = [zeros.long().index_add_(0, index.to(GPU), index.to(GPU) + 1).item() for _ in range(5)]
+        assert set(whole) == {1000}
+        assert sums == pytest.approx([numbers.double().sum().item()] * 5, abs=1e-4)
+        found.append(len(set(sums)))
+    assert found[0] == 1 < found[1]
+
+
 def test_a_copy_in_the_background_is_garbage_until_it_has_arrived(simulated: SimulatedGpu) -> None:
     numbers, host = torch.arange(2, device=GPU), torch.empty(2, dtype=torch.int64, pin_memory=True)
     floats = numbers.float().to("cpu", non_blocking=True)

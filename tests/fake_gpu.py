@@ -79,7 +79,8 @@ class FakeGpu:
     def __enter__(self) -> "FakeGpu":
         for context in (
             self.cuda,
-            mock.patch.object(fake_tensor, "init_gpu_context"),
+            mock.patch.object(fake_tensor, "init_gpu_context", create=True),
+            mock.patch.object(fake_tensor, "init_cuda_context", create=True),  # its name before torch 2.7
             mock.patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True),
             mock.patch.object(Tensor, "backward", lambda loss: self._backward(loss)),
             torch.no_grad(),

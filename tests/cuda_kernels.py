@@ -1,14 +1,56 @@
-"""Operators that only CUDA has, or has in another form, computed by the CPU for `simulated_gpu`.
+"""Which operators CUDA has and what they take, and those that only CUDA has, computed by the CPU for `simulated_gpu`.
 
-They take and return plain tensors of the CPU. In those of torch's SyncBatchNorm inputs are [B, C, ...] and statistics
-[C], and sums are over B and the grid.
+The latter take and return plain tensors of the CPU. In those of torch's SyncBatchNorm inputs are [B, C, ...] and
+statistics [C], and sums are over B and the grid.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.simulated_tensor import SimulatedGenerator, is_gpu
+
+COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
+MATMULS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
+# What C++ chooses for tensors of a CPU, and what it chooses for those of a GPU.
+CPU_VARIANTS = {
+    f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}": f"aten::_scaled_dot_product_flash_attention{suffix}"
+    for suffix in ("", "_backward")
+}
+
+
+def check_call(func: Any, args: Any, kwargs: Any, host: list[Tensor], on_gpu: bool) -> None:
+    """Raises what CUDA would raise of an operator and its arguments.
+
+    Args:
+        args, kwargs: as the CPU computes with them.
+        host: tensors beside those of the GPU.
+        on_gpu: whether the result is there.
+    """
+    name = func.overloadpacket.__name__
+    if not has_cuda_kernel(CPU_VARIANTS.get(func.name(), func.name())):
+        raise NotImplementedError(f"{func} has no CUDA kernel")
+    no_numbers = name in ("cat", "stack") or name.startswith("_fused")
+    written = func._schema.is_mutable and isinstance(args[0], Tensor) and any(args[0] is tensor for tensor in host)
+    if name not in COPIES and (written or any(tensor.dim() > 0 or no_numbers for tensor in host)):
+        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found a GPU and the CPU")
+    if (generator := kwargs.get("generator")) is not None:
+        claimed = SimulatedGenerator.alive.get(generator._cdata, generator).device
+        if is_gpu(claimed) != on_gpu:
+            raise RuntimeError(f"{func}: expected a generator of the tensor's device, but found one of {claimed}")
+    if name in MATMULS and not args[0].is_floating_point():
+        raise NotImplementedError(f"{func} is not implemented for {args[0].dtype} on CUDA")
+    if name == "native_batch_norm_backward" and (args[5] is None or args[6] is None):
+        raise RuntimeError(f"{func}: the CUDA kernel needs saved statistics")
+
+
+@cache
+def has_cuda_kernel(name: str) -> bool:
+    """Returns whether an operator runs on CUDA; a build of torch without CUDA cannot tell."""
+    return torch.version.cuda is None or torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CUDA")
 
 
 def batch_norm_stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:

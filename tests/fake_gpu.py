@@ -16,9 +16,9 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.cuda_kernels import has_cuda_kernel
 from tests.host_waits import waits_for_values
 from tests.simulated_cuda import SimulatedCuda
-from tests.simulated_gpu import has_cuda_kernel
 from tests.simulated_tensor import GPU
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # What hands a number, or a size that depends on numbers, back to the host.
 WAITING = {
@@ -21,22 +20,3 @@ def waits_for_values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if func is torch.ops.aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     return name in WAITING
-
-
-class Waits(TorchDispatchMode):
-    """Notes every operator for which the host would wait if its tensors were on a GPU, apart from copies.
-
-    Attributes:
-        seen: names of the operators.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if waits_for_values(func, args, kwargs or {}):
-            self.seen.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))

@@ -22,19 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.cuda_kernels import KERNELS, shuffle_additions
+from tests.cuda_kernels import KERNELS, check_call, shuffle_additions
 from tests.host_waits import waits_for_values
 from tests.simulated_cuda import SimulatedCuda
 from tests.simulated_tensor import GPU, HOST, IN_CPP, SimulatedGenerator, SimulatedTensor, is_gpu
 
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # whose indices may be of the CPU
-COPIES = {"copy_", "_to_copy", "_foreach_copy_"}
-MATMULS = {"mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot"}
-# What C++ chooses for tensors of a CPU, and what it chooses for those of a GPU.
-CPU_VARIANTS = {
-    f"aten::_scaled_dot_product_flash_attention_for_cpu{suffix}": f"aten::_scaled_dot_product_flash_attention{suffix}"
-    for suffix in ("", "_backward")
-}
 
 
 @contextmanager
@@ -132,7 +125,7 @@ class SimulatedGpu(TorchDispatchMode):
             if waits_for_values(func, args, kwargs):
                 self.cuda.wait(name)
         if sources or on_gpu:
-            _check(func, name, plain_args, plain_kwargs, host if sources else [], on_gpu)
+            check_call(func, plain_args, plain_kwargs, host if sources else [], on_gpu)
         if device is not None:
             plain_kwargs["device"] = HOST
         if self._order is not None and name in ("index_add", "index_add_") and plain_args[3].is_floating_point():
@@ -179,35 +172,6 @@ def _outer(value: Tensor, sources: dict[int, SimulatedTensor]) -> SimulatedTenso
     source = sources[id(value)]
     assert source.shape == value.shape, "simulated tensors cannot be resized"
     return source
-
-
-def _check(func: Any, name: str, args: Any, kwargs: Any, host: list[Tensor], on_gpu: bool) -> None:
-    """Raises what CUDA would raise.
-
-    Args:
-        args, kwargs: as the CPU computes with them.
-        host: tensors beside those of the GPU.
-    """
-    if not has_cuda_kernel(CPU_VARIANTS.get(func.name(), func.name())):
-        raise NotImplementedError(f"{func} has no CUDA kernel")
-    no_numbers = name in ("cat", "stack") or name.startswith("_fused")
-    written = func._schema.is_mutable and isinstance(args[0], Tensor) and any(args[0] is tensor for tensor in host)
-    if name not in COPIES and (written or any(tensor.dim() > 0 or no_numbers for tensor in host)):
-        raise RuntimeError(f"{func}: expected all tensors to be on the same device, but found a GPU and the CPU")
-    if (generator := kwargs.get("generator")) is not None:
-        claimed = SimulatedGenerator.alive.get(generator._cdata, generator).device
-        if is_gpu(claimed) != on_gpu:
-            raise RuntimeError(f"{func}: expected a generator of the tensor's device, but found one of {claimed}")
-    if name in MATMULS and not args[0].is_floating_point():
-        raise NotImplementedError(f"{func} is not implemented for {args[0].dtype} on CUDA")
-    if name == "native_batch_norm_backward" and (args[5] is None or args[6] is None):
-        raise RuntimeError(f"{func}: the CUDA kernel needs saved statistics")
-
-
-@cache
-def has_cuda_kernel(name: str) -> bool:
-    """Returns whether an operator runs on CUDA; a build of torch without CUDA cannot tell."""
-    return torch.version.cuda is None or torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, "CUDA")
 
 
 @cache

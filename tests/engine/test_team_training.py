@@ -47,7 +47,7 @@ CASES = {
     ),
 }
 # With batch norms over both processes, without and with what reads whole batches, and with groups in chunks.
-ON_GPUS = ("every level", "baseline", "cross-instance", "in chunks, checkpointed")
+ON_GPUS = ("baseline", "cross-instance", "in chunks, checkpointed")
 # The CPU, which computes for a simulated GPU, rounds batch norms of channels_last more coarsely.
 EXACT = ("training.precision=float32", "training.channels_last=false")
 Found = list[dict[str, dict[str, Tensor]]]  # by process: case -> weights

@@ -27,7 +27,7 @@ class Kept:
         return tensor
 
 
-SMALL = ("model.sam_ibn.options={layers=[2,3,3,2], channels=[8,8,8,8]}", "model.sam_ibn.heads=2")
+SMALL = ("model.sam_ibn.options={channels=[32,32,32,32]}", "model.sam_ibn.heads=2")
 
 
 def make(backbone: str) -> ReIDModel:

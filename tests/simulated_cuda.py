@@ -30,6 +30,7 @@ class SimulatedCuda:
     Attributes:
         chosen: what `torch.cuda.set_device` was called with.
         waits: what made the host wait for a GPU, in order.
+        strays: GPUs that a thread started up, with some hundred MB, because it never chose the one it works with.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class SimulatedCuda:
         )
         self.chosen: list[int] = []
         self.waits: list[str] = []
+        self.strays: list[int] = []
+        self._of_thread = threading.local()
         self._refuses_waits = False
         self._thread = threading.current_thread()
         self._restore = ExitStack()
@@ -83,6 +86,16 @@ class SimulatedCuda:
         if index >= self.gpus:
             raise RuntimeError(f"CUDA error: invalid device ordinal ({index} of {self.gpus} simulated GPUs)")
         self.chosen.append(index)
+        self._of_thread.index = index
+
+    def current_device(self) -> int:
+        """The GPU of this thread, the first by default."""
+        return getattr(self._of_thread, "index", 0)
+
+    def touch(self, index: int) -> None:
+        """Notes a call for a GPU by a thread that has another."""
+        if self.current_device() != index:
+            self.strays.append(self.current_device())
 
     def _replacements(self) -> list[tuple[Any, dict[str, Any]]]:
         outer = self
@@ -90,21 +103,23 @@ class SimulatedCuda:
         class Event:
             """Has not happened when it is first asked for."""
 
-            asked = 0
+            asked, device = 0, 0
 
             def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
                 self.times = enable_timing
 
             def record(self, stream: Any = None) -> None:
-                self.asked = 0
+                self.asked, self.device = 0, outer.current_device()
 
             def query(self) -> bool:
+                outer.touch(self.device)
                 self.asked += 1
                 if self.asked > 1:
                     outer.on_arrival()
                 return self.asked > 1
 
             def synchronize(self) -> None:
+                outer.touch(self.device)
                 outer.wait("event")
 
             def elapsed_time(self, end: Any) -> float:
@@ -117,7 +132,7 @@ class SimulatedCuda:
             "_lazy_init": lambda: None,
             "is_available": lambda: True,
             "device_count": lambda: self.gpus,
-            "current_device": lambda: self.chosen[-1] if self.chosen else 0,
+            "current_device": self.current_device,
             "get_device_properties": lambda device=None: self.properties,
             "mem_get_info": lambda device=None: (self.memory, self.memory),
             "synchronize": lambda device=None: self.wait("synchronize"),

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.simulated_cuda import without_gpu
+from tests.simulated_gpu import SimulatedGpu
 from uda_reid.engine import state_files
 from uda_reid.engine.state_files import SavedState, StateFiles
 
@@ -112,6 +114,16 @@ def test_tensors_on_the_gpu_come_back_on_the_cpu(tmp_path: Path, assert_same: Sa
     state = newest(files)
     assert_same(state.tensors, tensors)
     assert {tensor.device.type for tensor in state.tensors.values()} == {"cpu"}
+
+
+@without_gpu
+def test_the_thread_that_writes_starts_up_no_other_gpu(tmp_path: Path) -> None:
+    with SimulatedGpu(1, gpus=2) as gpu:
+        torch.cuda.set_device(gpu.device)
+        files, _ = open_files(tmp_path)
+        save(files, {"weight": torch.ones(3, device=gpu.device)}, {})
+        assert newest(files).tensors["weight"].tolist() == [1, 1, 1]
+        assert gpu.cuda.strays == []
 
 
 def test_a_state_is_the_one_of_its_call_although_training_goes_on(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -66,8 +66,8 @@ class StateFiles:
         copies = {name: _copy_to_host(tensor.detach()) for name, tensor in tensors.items()}
         copied = None
         if any(tensor.is_cuda for tensor in tensors.values()):
-            copied = torch.cuda.Event()
-            copied.record()
+            copied = _Copied(torch.cuda.Event(), torch.cuda.current_device())
+            copied.event.record()
         self._writing = self._writer.submit(self._write, copies, json.dumps(metadata), copied)
 
     def flush(self) -> None:
@@ -76,9 +76,10 @@ class StateFiles:
             self._writing.result()
             self._writing = None
 
-    def _write(self, tensors: dict[str, Tensor], text: str, copied: torch.cuda.Event | None) -> None:
+    def _write(self, tensors: dict[str, Tensor], text: str, copied: "_Copied | None") -> None:
         if copied is not None:
-            copied.synchronize()
+            torch.cuda.set_device(copied.device)  # of this thread; by default that is the first, which would start up
+            copied.event.synchronize()
         content = save(tensors, metadata={"format": FORMAT, "metadata": text, "digest": _digest(tensors, text)})
         path = self.folder
         try:
@@ -155,6 +156,13 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
     """Returns a contiguous copy, as safetensors needs it; one from a GPU is complete only later in its stream."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
+
+
+class _Copied(NamedTuple):
+    """The end of a copy from a GPU, and which GPU that is."""
+
+    event: torch.cuda.Event
+    device: int
 
 
 class _DamagedError(Exception):

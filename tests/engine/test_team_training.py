@@ -46,8 +46,8 @@ CASES = {
         tuple(f"training.{key}" for key in ("accumulate=2", "batch_norm_group=5", "checkpoint_activations=true")),
     ),
 }
-# With batch norms over both processes, without and with what reads whole batches, and with groups in chunks.
-ON_GPUS = ("baseline", "cross-instance", "in chunks, checkpointed")
+# With batch norms over both processes and modules that read whole batches, and with groups in chunks.
+ON_GPUS = ("cross-instance", "in chunks, checkpointed")
 # The CPU, which computes for a simulated GPU, rounds batch norms of channels_last more coarsely.
 EXACT = ("training.precision=float32", "training.channels_last=false")
 Found = list[dict[str, dict[str, Tensor]]]  # by process: case -> weights

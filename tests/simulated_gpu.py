@@ -210,5 +210,5 @@ def _replacements() -> list[tuple[Any, dict[str, Any]]]:
     return [
         (torch, in_torch),
         (torch.amp, {"autocast": Autocast}),
-        (torch.distributed, {"init_process_group": lambda backend, **options: join("gloo", **options)}),
+        (torch.distributed, {"init_process_group": lambda backend, device_id, **options: join("gloo", **options)}),
     ]

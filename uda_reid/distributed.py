@@ -193,7 +193,9 @@ def init_device(name: str) -> torch.device:
         device = _gpu_of_process(device, processes)
         torch.cuda.set_device(device)  # events and streams belong to the current device
     if processes > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        on_gpu = device.type == "cuda"
+        # Without its device NCCL would have to guess one in the first barrier.
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
     return device
 
 

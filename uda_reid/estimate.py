@@ -97,8 +97,8 @@ def estimate_memory(recipe: Recipe, stage: str, precision: str, *, classes: int 
 def tabulate_memory(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
     """Returns the estimates of a stage for each precision and each of CHOICES, as plain values for a table or JSON.
 
-    Memory is in bytes, "total" that of the step. "relative_operations" are those of a step over those of the recipe as
-    it is.
+    Memory is in bytes: "total" is that of the step, "peak" that of the estimate. "relative_operations" are those of a
+    step over those of the recipe as it is.
     """
     rows: list[dict[str, Any]] = []
     for precision in TRACED_PRECISIONS:
@@ -106,7 +106,8 @@ def tabulate_memory(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
             estimate = estimate_memory(override_recipe(recipe, overrides), stage, precision)
             plain = rows[0]["operations"] if rows else estimate.operations
             relative = {"relative_operations": round(estimate.operations / plain, 3)}
-            rows.append(asdict(estimate) | {"settings": settings, "total": estimate.step.total} | relative)
+            sums = {"total": estimate.step.total, "peak": estimate.peak}
+            rows.append(asdict(estimate) | {"settings": settings} | sums | relative)
     return rows
 
 

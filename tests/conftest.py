@@ -1,7 +1,7 @@
 """Small data and small recipes that several test folders share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.sentences import assert_sentence
+from tests.simulated_gpu import any_gpu
 from tests.training import load_source, load_target, silent_reporter
 from uda_reid.data.image_set import ImageSet
 from uda_reid.recipe import load_recipe
@@ -67,6 +68,13 @@ def tiny_source(tiny_root: Path, tiny_recipe: Recipe) -> tuple[ImageSet, np.ndar
 def tiny_target(tiny_root: Path, tiny_recipe: Recipe) -> ImageSet:
     """The training images of station, in the order that a run takes them."""
     return load_target("station", tiny_root, tiny_recipe)
+
+
+@pytest.fixture
+def gpu() -> Iterator[torch.device]:
+    """The GPU cuda:0; a simulated one on a machine without any, where the tests marked `gpu` run too."""
+    with any_gpu() as device:
+        yield device
 
 
 @pytest.fixture

@@ -114,14 +114,13 @@ def test_order_of_the_bank_changes_names_only(bank_of_people: Bank) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_labels(bank_of_people: Bank) -> None:
+def test_a_gpu_gives_the_same_labels(bank_of_people: Bank, gpu: torch.device) -> None:
     features = torch.from_numpy(bank_of_people(3000, seed=6))
     settings = ClusterSettings(k1=20)
     cpu = pseudo_labels(features, settings, seed=0)
-    gpu = pseudo_labels(features.cuda(), settings, seed=0)
+    on_gpu = pseudo_labels(features.to(gpu), settings, seed=0)
     assert cpu.clusters > 50
-    assert torch.equal(cpu.labels, gpu.labels)
+    assert torch.equal(cpu.labels, on_gpu.labels)
 
 
 def refuses(words: str, columns: int, **settings: float) -> None:

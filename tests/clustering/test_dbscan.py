@@ -97,8 +97,7 @@ def test_refuses_what_the_graph_does_not_hold() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same() -> None:
+def test_a_gpu_gives_the_same(gpu: torch.device) -> None:
     distances = points_on_a_plane(400, 0)
-    labels = dbscan(graph_of(distances, 0.02, "cuda"), eps=0.02)
+    labels = dbscan(graph_of(distances, 0.02, gpu), eps=0.02)
     np.testing.assert_array_equal(labels.cpu().numpy(), sklearn_labels(distances, 0.02, 4))

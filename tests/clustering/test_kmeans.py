@@ -75,8 +75,7 @@ def test_starting_centers_are_rows_far_from_one_another() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_clear_groups() -> None:
+def test_a_gpu_finds_clear_groups(gpu: torch.device) -> None:
     owner = torch.arange(120) % 4
     features = 5 * torch.eye(4, 16)[owner] + 0.1 * torch.randn(120, 16)
-    assert torch.equal(kmeans(normalize(features).cuda(), 4, seed=3), owner)
+    assert torch.equal(kmeans(normalize(features).to(gpu), 4, seed=3), owner)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.processes import run_in_processes
+from tests.simulated_cuda import without_gpu
 from uda_reid.clustering.pseudo_labels import centroids, pseudo_labels
 from uda_reid.clustering.stages import StageTimer, build_graph
 from uda_reid.distributed import rank, shard
@@ -33,7 +35,7 @@ CPU = torch.device("cpu")
 
 def results(features: Tensor, neighbours: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """What every process must agree on with a single one; `features` are this process's rows."""
-    graph = build_graph(features, SETTINGS, StageTimer(CPU))
+    graph = build_graph(features, SETTINGS, StageTimer(features.device))
     found = pseudo_labels(features, SETTINGS, seed=0)
     return {
         "neighbours": neighbours,
@@ -110,6 +112,27 @@ def test_results_equal_those_of_one_process(
         for name, tensors in expected.items():
             for one, other in zip(tensors, found[name], strict=True):
                 assert torch.equal(one, other), name
+
+
+def results_on_gpus(features: Tensor) -> dict[str, Any]:
+    own = features[shard(len(features))].to(torch.device("cuda", rank()))
+    found = results(own, ShardedBank(normalize_shard(own)).search(SETTINGS.k1))
+    return {name: tuple(tensor.cpu() for tensor in tensors) for name, tensors in found.items()}
+
+
+@without_gpu
+def test_gpus_agree_although_each_adds_in_another_order(
+    bank_of_people: Callable[..., np.ndarray],
+) -> None:
+    bank = torch.from_numpy(bank_of_people(200, seed=4))
+    expected = results(bank, nearest_neighbours(normalize(bank), SETTINGS.k1))
+    first, second = run_in_processes(results_on_gpus, 2, bank, gpus=True)
+    for name, tensors in expected.items():
+        for one, other, alone in zip(first[name], second[name], tensors, strict=True):
+            if name in ("neighbours", "labels", "k-means", "centroids"):
+                assert torch.equal(one, other), name
+            if name != "k-means":  # which a GPU starts from other rows
+                torch.testing.assert_close(one, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_rows_than_neighbours_and_refusals_by_all(

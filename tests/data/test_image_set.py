@@ -118,10 +118,9 @@ def test_rows_taken_are_a_copy_in_the_order_of_the_indices() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("storage", ["device", "pinned", "memory"])
-def test_a_gpu_gets_its_batches_without_waiting(storage: str) -> None:
-    data, gpu, settings = make_set(), torch.device("cuda"), AugmentSettings(pad=2, erase=1.0)
+def test_a_gpu_gets_its_batches_without_waiting(storage: str, gpu: torch.device) -> None:
+    data, settings = make_set(), AugmentSettings(pad=2, erase=1.0)
     images = {"device": data.images.to(gpu), "pinned": data.images.pin_memory(), "memory": data.images}[storage]
     on_gpu = ImageSet(images, data.camera_indices.to(gpu), SETTINGS)
     batches = [torch.randint(0, 6, (5,)) for _ in range(20)]

@@ -81,13 +81,12 @@ def test_a_store_describes_itself(shape: tuple[int, ...], storage: str, expected
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("storage", ["device", "pinned", "memory", "file"])
 def test_every_storage_of_a_gpu_run_holds_the_same_images(
-    storage: str, tmp_path: Path, draw: Callable[..., Path]
+    storage: str, tmp_path: Path, draw: Callable[..., Path], gpu: torch.device
 ) -> None:
     paths = [draw(tmp_path / f"{i}.png", seed=i) for i in range(3)]
-    store = load_images(paths, replace(SMALL, store=storage), device=GPU)
+    store = load_images(paths, replace(SMALL, store=storage), device=gpu)
     assert (store.storage, store.images.is_cuda) == (storage, storage == "device")
     assert store.images.is_pinned() == (storage == "pinned")
     assert torch.equal(store.images.cpu(), load_images(paths, SMALL, device=CPU).images)

@@ -101,13 +101,12 @@ def test_a_good_step_restarts_the_count() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_reports_from_a_gpu_are_read_at_the_end_at_the_latest() -> None:
+def test_reports_from_a_gpu_are_read_at_the_end_at_the_latest(gpu: torch.device) -> None:
     guard = make_guard(2)
 
     def update_and_flush() -> None:
         for step in (1, 2):
-            guard.update(f"step {step}", report(math.nan).cuda(), torch.tensor([0]))
+            guard.update(f"step {step}", report(math.nan).to(gpu), torch.tensor([0]))
         guard.flush()
 
     with pytest.raises(UserError, match="At step 2 the triplet loss"):

@@ -1,15 +1,13 @@
 """No training step makes the host wait for the device."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training import (
-    CPU,
     load_source,
     load_target,
     new_source_model,
@@ -23,27 +21,6 @@ from uda_reid.report.training_report import TrainingReport
 from uda_reid.settings import Recipe
 
 T = TypeVar("T")
-# What hands a number, or a size that depends on numbers, back to the host.
-WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
-
-
-class Waits(TorchDispatchMode):
-    """Notes every operation for which the host would wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_") and any(
-            each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
-        )
-        if name in WAITING or by_mask:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 class StepReport(TrainingReport):
@@ -51,7 +28,7 @@ class StepReport(TrainingReport):
 
     def __init__(self) -> None:
         super().__init__(silent_reporter())
-        self.steps, self.waits = 0, Waits()
+        self.steps = 0
 
     def track(
         self, batches: Iterable[T], title: str, total: int, size: Callable[[T], int] | None = None
@@ -59,14 +36,11 @@ class StepReport(TrainingReport):
         return self.watch(batches) if title.startswith("epoch") else iter(batches)
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        with self.waits:
-            for batch in batches:
-                self.steps += 1
-                yield batch
+        raise NotImplementedError
 
 
 class StrictReport(StepReport):
-    """As CUDA itself sees it, copies from the host included."""
+    """As CUDA itself sees it; a simulated GPU also refuses to copy from memory that is not pinned."""
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
         try:
@@ -78,15 +52,6 @@ class StrictReport(StepReport):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_would_wait_is_seen() -> None:
-    with Waits() as waits:
-        rows = torch.arange(4.0)
-        rows[rows > 1]
-        float(rows.sum())
-        rows.nonzero()
-    assert waits.seen == ["index", "_local_scalar_dense", "nonzero"]
-
-
 KEYS = ("intra=1", "inter=1", "heads=2")
 BACKBONES = {"CNN": ("model.backbone=cnn",), "ViT": ("model.backbone=vit",), "SAM-IBN": ("model.backbone=sam_ibn",)}
 SHARED = {"hybrid": (), "groups": ("training.batch_norm_group=4",), **BACKBONES}
@@ -96,11 +61,15 @@ CASES = {
     **{f"lf2, {name}": ("lf2", overrides) for name, overrides in SHARED.items()},
     "lf2, a batch for each level": ("lf2", ("adapt.shared_batch=false",)),
     "lf2, cross-instance": ("lf2", tuple(f"adapt.lf2.cross_instance.{key}" for key in KEYS)),
+    "lf2, chunks and checkpoints": ("lf2", ("training.accumulate=2", "training.checkpoint_activations=true")),
+    "lf2, float16": ("lf2", ("training.precision=float16",)),
     "baseline": ("baseline", ()),
+    "baseline, pinned images": ("baseline", ("images.store=pinned",)),
+    "baseline, images in a file": ("baseline", ("images.store=file",)),
 }
 
 
-def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: torch.device = CPU) -> None:
+def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: torch.device) -> None:
     stage, overrides = CASES[case]
     short = ("pretrain.epochs=1", "pretrain.steps=3", "adapt.epochs=1")
     recipe = varied(recipe, *short, *overrides, strategy=None if stage == "pretrain" else stage)
@@ -115,15 +84,7 @@ def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: tor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_no_step_waits_for_the_device(case: str, tiny_root: Path, tiny_recipe: Recipe) -> None:
-    report = StepReport()
-    train(case, tiny_recipe, tiny_root, report)
-    assert report.waits.seen == []
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("case", CASES)
-def test_no_step_waits_for_the_gpu(case: str, tiny_root: Path, tiny_recipe: Recipe) -> None:
-    train(case, tiny_recipe, tiny_root, StrictReport(), torch.device("cuda"))
+def test_no_step_waits_for_the_gpu(case: str, tiny_root: Path, tiny_recipe: Recipe, gpu: torch.device) -> None:
+    train(case, tiny_recipe, tiny_root, StrictReport(), gpu)

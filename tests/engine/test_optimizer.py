@@ -12,8 +12,13 @@ from uda_reid.errors import UserError
 from uda_reid.settings import OptimSettings
 
 OPTIMIZERS = ["sgd", "adam", "adamw"]
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    found: torch.device = torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("gpu")
+    return found
+
 
 # FusionReID: cosine over 180 epochs, 10 of warm-up from 1 %, down to 0.2 %.
 COSINE = OptimSettings(schedule="cosine", warmup_epochs=10, warmup_start=0.01, final_fraction=0.002)
@@ -282,10 +287,9 @@ def make(name: str, seed: int = 0, *, momentum: float = 0.9) -> tuple[Net, Guard
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_resumed_training_ends_with_the_same_bits(
-    name: str, device: str, dtype: torch.dtype, assert_same: Callable[..., None]
+    name: str, device: torch.device, dtype: torch.dtype, assert_same: Callable[..., None]
 ) -> None:
     settings = OptimSettings(name=name, learning_rate=0.05)
 
@@ -313,10 +317,9 @@ def test_a_resumed_training_ends_with_the_same_bits(
     assert not torch.equal(forgetful_net.head.weight, net.head.weight), "the moments matter"
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_first_gradient_of_a_parameter_may_come_late_and_after_a_resume(
-    name: str, device: str, assert_same: Callable[..., None]
+    name: str, device: torch.device, assert_same: Callable[..., None]
 ) -> None:
     """As when a level is skipped in the first epochs."""
     settings = OptimSettings(name=name, learning_rate=0.05, weight_decay=0.0)

@@ -99,9 +99,8 @@ def test_a_cpu_is_left_as_it_is() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["auto", "float32"])
-def test_auto_is_bfloat16_on_a_gpu(precision: str) -> None:
-    ones = torch.ones(2, 2, device="cuda")
-    with make_autocast(TrainingSettings(precision=precision), torch.device("cuda")):
+def test_auto_is_bfloat16_on_a_gpu(precision: str, gpu: torch.device) -> None:
+    ones = torch.ones(2, 2, device=gpu)
+    with make_autocast(TrainingSettings(precision=precision), gpu):
         assert (ones @ ones).dtype == (torch.bfloat16 if precision == "auto" else torch.float32)

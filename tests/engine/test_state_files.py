@@ -105,10 +105,9 @@ def test_tensors_that_shared_memory_no_longer_do(tmp_path: Path, assert_same: Sa
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tensors_on_the_gpu_come_back_on_the_cpu(tmp_path: Path, assert_same: Same) -> None:
+def test_tensors_on_the_gpu_come_back_on_the_cpu(tmp_path: Path, assert_same: Same, gpu: torch.device) -> None:
     files, _ = open_files(tmp_path)
-    tensors = {key: tensor.cuda() for key, tensor in odd_tensors().items()}
+    tensors = {key: tensor.to(gpu) for key, tensor in odd_tensors().items()}
     save(files, tensors, {})
     state = newest(files)
     assert_same(state.tensors, tensors)

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from tests.conftest import TINY
 from tests.processes import run_in_processes
-from tests.training import KeptStates, differing, flatten_level, load_target, new_strategy, train_strategy, weights_of
+from tests.simulated_cuda import without_gpu
+from tests.training import (
+    CPU,
+    KeptStates,
+    differing,
+    flatten_level,
+    load_target,
+    new_strategy,
+    train_strategy,
+    weights_of,
+)
+from uda_reid.distributed import rank
 from uda_reid.engine.state import TrainState
 from uda_reid.recipe import load_recipe
 
@@ -35,18 +46,24 @@ CASES = {
         tuple(f"training.{key}" for key in ("accumulate=2", "batch_norm_group=5", "checkpoint_activations=true")),
     ),
 }
+# With batch norms over both processes, without and with what reads whole batches, and with groups in chunks.
+ON_GPUS = ("every level", "baseline", "cross-instance", "in chunks, checkpointed")
+# The CPU, which computes for a simulated GPU, rounds batch norms of channels_last more coarsely.
+EXACT = ("training.precision=float32", "training.channels_last=false")
 Found = list[dict[str, dict[str, Tensor]]]  # by process: case -> weights
 
 
-def adapted(case: str, root: Path, *overrides: str, state: TrainState | None = None) -> dict[str, Tensor]:
+def adapted(
+    case: str, root: Path, *overrides: str, state: TrainState | None = None, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Returns weights and statistics after two epochs, or whatever the overrides say."""
     name, settings = CASES[case]
     recipe = load_recipe("demo", (*TINY, *STEADY, *settings, *overrides), name)
-    strategy = new_strategy(recipe)
+    strategy = new_strategy(recipe, device=device)
     if "an empty level" in case:
         flatten_level(strategy, "upper", once="first epoch" in case)
-    train_strategy(strategy, load_target("station", root, recipe), recipe, state=state)
-    return weights_of(strategy)
+    train_strategy(strategy, load_target("station", root, recipe, device), recipe, device=device, state=state)
+    return {name: tensor.cpu() for name, tensor in weights_of(strategy).items()}
 
 
 def adapt_every_case(root: Path) -> dict[str, dict[str, Tensor]]:
@@ -74,16 +91,44 @@ def test_the_processes_stay_equal(case: str, found: Found) -> None:
     assert differing(first, second) == []
 
 
+def adapt_on_gpus(root: Path) -> dict[str, dict[str, Tensor]]:
+    """Runs in each of two processes, which have a simulated GPU each."""
+    device = torch.device("cuda", rank())
+    return {case: adapted(case, root, *ONE_STEP, *EXACT, device=device) for case in ON_GPUS}
+
+
+@pytest.fixture(scope="module")
+def found_on_gpus(tiny_root: Path) -> Found:
+    return run_in_processes(adapt_on_gpus, 2, tiny_root, gpus=True)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_end_where_one_does(case: str, found: Found, tiny_root: Path) -> None:
     expected = adapted(case, tiny_root, *ONE_STEP)
     unmoved = adapted(case, tiny_root, *ONE_STEP, "adapt.optim.learning_rate=1e-12")
+    assert_same_step(found[0][f"{case}, one step"], expected, unmoved, counted="chunks" not in case)
+
+
+@without_gpu
+@pytest.mark.parametrize("case", ON_GPUS)
+def test_two_gpus_end_where_one_does(case: str, found_on_gpus: Found, tiny_root: Path, gpu: torch.device) -> None:
+    first, second = (each[case] for each in found_on_gpus)
+    assert differing(first, second) == []
+    expected = adapted(case, tiny_root, *ONE_STEP, *EXACT, device=gpu)
+    unmoved = adapted(case, tiny_root, *ONE_STEP, *EXACT, "adapt.optim.learning_rate=1e-12", device=gpu)
+    assert_same_step(first, expected, unmoved, counted="chunks" not in case)
+
+
+def assert_same_step(
+    found: dict[str, Tensor], expected: dict[str, Tensor], unmoved: dict[str, Tensor], *, counted: bool
+) -> None:
+    """Asserts that weights moved alike, and that batch norms counted as many batches if they are `counted`."""
     for name, tensor in expected.items():
-        came = found[0][f"{case}, one step"][name]
+        came = found[name]
         if tensor.is_floating_point():
             error, moved = (came - tensor).norm(), (tensor - unmoved[name]).norm()
             assert error <= 1e-3 * moved + 1e-5 * tensor.norm(), name
-        elif "chunks" not in case:  # which need more forward passes, and those are counted
+        elif counted:
             assert torch.equal(came, tensor), name
 
 

@@ -73,7 +73,7 @@ def test_the_memory_of_a_gpu_has_a_column(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a simulated device takes no time")
 def test_a_gpu_times_its_own_work() -> None:
     """The host is done at once; the device works on."""
     device = torch.device("cuda:0")

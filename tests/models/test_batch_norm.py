@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from tests.simulated_gpu import any_gpu
 from uda_reid.errors import UserError
 from uda_reid.models.batch_norm import BNNeck, GroupedBatchNorm, set_batch_norm_group
 
@@ -447,16 +448,17 @@ def test_on_gpus_the_whole_batch_is_torchs_own_layer(processes: list[dict[str, A
 def work_on_gpu(rank: int, folder: str) -> None:
     """One of two processes that share a GPU."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    images, target = (share(rows, rank, SHARES).cuda() for rows in whole_batch())
-    model = tiny_resnet().cuda()
-    set_batch_norm_group(model, 0)
-    found = {name: tensor.cpu() for name, tensor in train(model, images, target).items()}
+    with any_gpu() as gpu:
+        images, target = (share(rows, rank, SHARES).to(gpu) for rows in whole_batch())
+        model = tiny_resnet().to(gpu)
+        set_batch_norm_group(model, 0)
+        found = {name: tensor.cpu() for name, tensor in train(model, images, target).items()}
     dist.destroy_process_group()
     torch.save(found, Path(folder, f"{rank}.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_whole_batch_of_two_processes_on_a_gpu_is_that_of_one(tmp_path: Path) -> None:
     mp.spawn(work_on_gpu, (str(tmp_path),), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

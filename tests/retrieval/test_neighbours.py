@@ -64,8 +64,7 @@ def test_refuses_k_below_one() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_the_same(bank: Tensor) -> None:
-    cpu, gpu = nearest_neighbours(bank, 15), nearest_neighbours(bank.cuda(), 15)
-    assert torch.equal(cpu.indices, gpu.indices.cpu())
-    assert torch.equal(cpu.similarities, gpu.similarities.cpu())
+def test_a_gpu_finds_the_same(bank: Tensor, gpu: torch.device) -> None:
+    cpu, on_gpu = nearest_neighbours(bank, 15), nearest_neighbours(bank.to(gpu), 15)
+    assert torch.equal(cpu.indices, on_gpu.indices.cpu())
+    assert torch.equal(cpu.similarities, on_gpu.similarities.cpu())

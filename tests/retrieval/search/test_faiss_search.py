@@ -40,9 +40,9 @@ def test_inverted_lists_on_a_handful(sorted_neighbours: Callable[[Tensor, int], 
     assert torch.equal(nearest_neighbours(rows, 5, backend="ivf").indices, sorted_neighbours(rows, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_both_indices_on_a_gpu() -> None:
-    rows = noisy_groups().cuda()
+def test_both_indices_on_a_gpu(gpu: torch.device) -> None:
+    rows = noisy_groups().to(gpu)
     check_recall(rows)
     assert torch.equal(nearest_neighbours(rows, 10, backend="faiss").indices, nearest_neighbours(rows, 10).indices)

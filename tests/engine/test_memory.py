@@ -1,16 +1,25 @@
 """The trace of memory against networks small enough to be counted by hand, and against another tracker."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.fake_gpu import FakeGpu, fake_module
+from tests.simulated_tensor import GPU
+from tests.training import varied
+from uda_reid.build import make_model
 from uda_reid.engine.memory import GRANULE, MemoryTrace, MemoryUse, OperationCount, gpu_casts, make_fake, make_light
+from uda_reid.settings import BACKBONES, Recipe
 
 ROWS, WIDTH, LAYERS = 4096, 64, 6
 MAP = ROWS * WIDTH * 4  # bytes of what a layer returns, in float32
@@ -204,6 +213,62 @@ def test_recomputed_activations_are_cast_alike() -> None:
             loss = checkpoint(attend, torch.randn(4, 4), use_reentrant=False).sum()
         loss.backward()
     assert seen == [torch.float32] * 2
+
+
+class Returned(TorchDispatchMode):
+    """Counts what operators return: (operator, dtype, shape) -> how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: Counter[tuple[str, torch.dtype, torch.Size]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.tensors.update((name, leaf.dtype, leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        return output
+
+    def of(self, *names: str) -> Counter[tuple[str, torch.dtype, torch.Size]]:
+        return Counter({key: count for key, count in self.tensors.items() if key[0] in names})
+
+
+# Fused attention is another operator on a GPU; cat, which copies on a CPU before it joins, saves nothing.
+COMPARED = (
+    "convolution",
+    "addmm",
+    "mm",
+    "native_layer_norm",
+    "gelu",
+    "relu",
+    "relu_",
+    "add",
+    "pow",
+    "mean",
+    "_softmax",
+)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_trace_has_the_dtypes_of_a_gpu(backbone: str, tiny_recipe: Recipe) -> None:
+    """Beside torch's own dispatch for CUDA, on fake tensors of a GPU."""
+    recipe = varied(tiny_recipe, f"model.backbone={backbone}", "training.precision=bfloat16")
+    size = (8, 3, recipe.images.height, recipe.images.width)
+
+    def run(network: nn.Module, device: torch.device) -> Returned:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False), Returned() as returned:
+            network(torch.empty(size, device=device), torch.zeros(8, dtype=torch.int64, device=device))
+        return returned
+
+    network, mode = make_model(recipe, 0, seed=0, pretrained=False), no_data()
+    with mode, torch.no_grad(), gpu_casts():
+        make_fake(network, mode)
+        traced = run(network, torch.device("cpu"))
+    network = make_model(recipe, 0, seed=0, pretrained=False)
+    with FakeGpu():
+        fake_module(network)
+        on_gpu = run(network, GPU)
+    assert traced.of(*COMPARED) == on_gpu.of(*COMPARED)
+    assert len(traced.of(*COMPARED)) > 5
 
 
 # --- operations ---------------------------------------------------------------------------------------------------

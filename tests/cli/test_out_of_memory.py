@@ -56,11 +56,15 @@ def test_in_a_step_every_setting_that_helps_is_named_with_its_value(
 @pytest.mark.parametrize(
     ("patched", "place", "named"),
     [
-        ("uda_reid.strategies.lf2.LF2.encode", "the extraction of features", "--set adapt.feature_batch=64,"),
-        ("uda_reid.models.part_fusion.PartReIDModel.forward", "the extraction of features", "adapt.feature_batch=64,"),
+        (
+            "uda_reid.strategies.lf2.LF2.encode",
+            "the extraction of features",
+            "or --set adapt.feature_batch=64, of which",
+        ),
+        ("uda_reid.models.part_fusion.PartReIDModel.forward", "the extraction of features", "feature_batch=64"),
         ("uda_reid.clustering.pseudo_labels.build_graph", "the clustering", "--set images.store=pinned"),
         ("uda_reid.data.image_store.choose_storage", "the decoding of images", "--set images.store=pinned"),
-        ("uda_reid.engine.evaluate.evaluate_ranking", "the test", "--set evaluate.batch=64,"),
+        ("uda_reid.engine.evaluate.evaluate_ranking", "the test", "with --set evaluate.batch=64."),
     ],
 )
 def test_elsewhere_the_sentence_names_what_helps_there(

@@ -108,7 +108,7 @@ def _recommend(remedies: list[str], command: str, folder: Path) -> str:
     kept = [remedy for remedy in remedies if remedy.partition("=")[0] in CHANGEABLE]
     others = [remedy for remedy in remedies if remedy not in kept]
     if not any(folder.rglob("state-*.safetensors")):
-        return f"start it again with {_join(remedies)}, of which the first costs least"
+        return f"start it again with {_join(remedies)}{', of which the first costs least' * (len(remedies) > 1)}"
     if not kept:
         return f"its saved state cannot continue with less, so start a new run with {_join(others)}"
     text = f"continue from its saved state with `cli.py {command} --resume {folder} --set {' --set '.join(kept)}`"

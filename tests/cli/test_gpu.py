@@ -131,7 +131,7 @@ def test_processes_that_would_share_a_gpu_are_refused(
 
 def figures(path: Path) -> dict[str, Any]:
     """Returns what a command wrote as JSON, without what depends on the machine."""
-    machine = ("device", "seconds", "speed", "peak_memory_bytes", "peak_device_memory_bytes")
+    machine = ("device", "computing", "seconds", "speed", "peak_memory_bytes", "peak_device_memory_bytes")
 
     def without_machine(value: Any) -> Any:
         if isinstance(value, dict):

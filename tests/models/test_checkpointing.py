@@ -27,8 +27,12 @@ class Kept:
         return tensor
 
 
+SMALL = ("model.sam_ibn.options={channels=[32,32,32,32]}", "model.sam_ibn.heads=2")
+
+
 def make(backbone: str) -> ReIDModel:
-    return make_model(load_recipe("demo", (f"model.backbone={backbone}",)), 2, seed=0, pretrained=False).train()
+    recipe = load_recipe("demo", (*SMALL, f"model.backbone={backbone}"))
+    return make_model(recipe, 2, seed=0, pretrained=False).train()
 
 
 def gradients(model: ReIDModel) -> list[torch.Tensor]:

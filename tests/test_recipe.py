@@ -15,6 +15,7 @@ from uda_reid.recipe import (
     dump_keys,
     dump_recipe,
     load_recipe,
+    load_stages,
     load_strategy,
     override_recipe,
     parse_recipe,
@@ -165,6 +166,22 @@ def test_a_recipe_is_read_from_a_file(tmp_path: Path) -> None:
     recipe = load_recipe(str(path), ["adapt.steps=7"])
     assert (recipe.description, recipe.adapt.epochs, recipe.adapt.steps) == ("naïve", 3, 7)
     assert recipe.pretrain == Recipe().pretrain
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("", ("pretrain", "adapt")),
+        ("[adapt.lf2]\nparts = 0", ("adapt",)),
+        ("[pretrain]\nepochs = 3", ("pretrain",)),
+        ("[adapt]\n[pretrain]\n", ("pretrain", "adapt")),
+    ],
+)
+def test_the_stages_are_those_that_the_recipe_has_sections_for(
+    text: str, stages: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    assert load_stages(str(tmp_path / "mine.toml")) == stages
 
 
 # --- overrides ----------------------------------------------------------------------------------------------------

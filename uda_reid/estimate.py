@@ -44,7 +44,7 @@ class MemoryEstimate:
     Attributes:
         stage: one of STAGES.
         precision: of autocast.
-        classes: identities or clusters that were assumed.
+        classes: identities or clusters.
         images, step, update, features, operations: see `TracedStep`.
     """
 
@@ -63,7 +63,7 @@ class MemoryEstimate:
         return max(self.step.total, self.update, self.features)
 
 
-def estimate_memory(recipe: Recipe, stage: str, precision: str) -> MemoryEstimate:
+def estimate_memory(recipe: Recipe, stage: str, precision: str, *, classes: int | None = None) -> MemoryEstimate:
     """Traces one training step as a GPU would run it.
 
     Networks, losses and optimizer are those of a run; no weights are read or downloaded. Convolutions are channels_last
@@ -73,6 +73,7 @@ def estimate_memory(recipe: Recipe, stage: str, precision: str) -> MemoryEstimat
         recipe: of which all settings of the stage count, also those of `training`.
         stage: one of STAGES.
         precision: one of TRACED_PRECISIONS, in place of the recipe's own.
+        classes: identities of the source or clusters of the target; IDENTITIES or CLUSTERS by default.
 
     Raises:
         UserError: the stage or the precision is another one, or the recipe's model cannot be built.
@@ -84,19 +85,20 @@ def estimate_memory(recipe: Recipe, stage: str, precision: str) -> MemoryEstimat
     training = replace(recipe.training, precision=precision, channels_last=channels_last in (True, "auto"))
     recipe = replace(recipe, training=training)
     mode = FakeTensorMode(allow_fallback_kernels=False)  # a fallback would compute on real tensors
+    classes = classes or (IDENTITIES if stage == "pretrain" else CLUSTERS)
     with torch.random.fork_rng(devices=[]):
-        strategy = _pretraining(recipe, mode) if stage == "pretrain" else _adaptation(recipe, mode)
+        make = _pretraining if stage == "pretrain" else _adaptation
+        strategy = make(recipe, classes, mode)
         with mode:
             traced = trace_step(strategy, getattr(recipe, stage), training, recipe.images)
-    classes = IDENTITIES if stage == "pretrain" else CLUSTERS
     return MemoryEstimate(stage, precision, classes, **traced._asdict())
 
 
 def tabulate_memory(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
     """Returns the estimates of a stage for each precision and each of CHOICES, as plain values for a table or JSON.
 
-    Memory is in bytes, "total" that of the step. "relative_operations" are those of a step over those of the recipe as
-    it is.
+    Memory is in bytes: "total" is that of the step, "peak" that of the estimate. "relative_operations" are those of a
+    step over those of the recipe as it is.
     """
     rows: list[dict[str, Any]] = []
     for precision in TRACED_PRECISIONS:
@@ -104,22 +106,23 @@ def tabulate_memory(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
             estimate = estimate_memory(override_recipe(recipe, overrides), stage, precision)
             plain = rows[0]["operations"] if rows else estimate.operations
             relative = {"relative_operations": round(estimate.operations / plain, 3)}
-            rows.append(asdict(estimate) | {"settings": settings, "total": estimate.step.total} | relative)
+            sums = {"total": estimate.step.total, "peak": estimate.peak}
+            rows.append(asdict(estimate) | {"settings": settings} | sums | relative)
     return rows
 
 
-def _pretraining(recipe: Recipe, mode: FakeTensorMode) -> Strategy:
+def _pretraining(recipe: Recipe, identities: int, mode: FakeTensorMode) -> Strategy:
     with META:
         model = make_model(recipe, CAMERAS, seed=0, pretrained=False)
-        strategy = Pretraining(model, SourceObjective(model, IDENTITIES, recipe.pretrain))
+        strategy = Pretraining(model, SourceObjective(model, identities, recipe.pretrain))
     prepare(model, recipe.training, META)
     with mode:
         make_fake(strategy, mode)
     return strategy
 
 
-def _adaptation(recipe: Recipe, mode: FakeTensorMode) -> Strategy:
-    """Returns the recipe's strategy, with heads as it makes them of CLUSTERS clusters."""
+def _adaptation(recipe: Recipe, clusters: int, mode: FakeTensorMode) -> Strategy:
+    """Returns the recipe's strategy, with its heads."""
     with META:
         model = make_model(recipe, CAMERAS, seed=0, pretrained=False)
     make_light(model)  # a strategy may copy it, which fake tensors do not allow
@@ -127,8 +130,8 @@ def _adaptation(recipe: Recipe, mode: FakeTensorMode) -> Strategy:
     with mode, torch.no_grad():
         make_fake(strategy, mode)
         encoded = strategy.eval().encode(*fake_images(1, recipe.images))
-    features = {name: torch.ones(CLUSTERS, feature.shape[1]) for name, feature in encoded.items()}
-    labels = PseudoLabels(torch.arange(CLUSTERS), edges=0, seconds={})
+    features = {name: torch.ones(clusters, feature.shape[1]) for name, feature in encoded.items()}
+    labels = PseudoLabels(torch.arange(clusters), edges=0, seconds={})
     strategy.begin_epoch(features, dict.fromkeys(strategy.levels, labels))
     with mode:
         make_fake(strategy.heads, mode)

@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Invoke, run_cli, settings
+from tests.cli.conftest import Invoke, refused, run_cli, settings
 from tests.models.test_fusion_reid_parameters import lru, mfu, resnet50, seu, vit_base
+from uda_reid.cli.models import MEMORY_PARTS
+from uda_reid.estimate import CHOICES
 from uda_reid.recipe import load_recipe
 from uda_reid.settings import BACKBONES
 
@@ -134,6 +137,60 @@ def test_the_table_has_a_row_for_every_backbone(invoke: Invoke, tiny: list[dict[
     first_words = [line.split()[0] for line in result.output.splitlines() if line.split()]
     for row in tiny:
         assert first_words.count(row["name"]) == 1
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+MEMORY_RECIPE = """
+[images]
+height = 32
+width = 16
+[model]
+backbone = "vit"
+[model.transformer]
+patch_stride = 8
+options = { patch_size = 8, embed_dim = 24, depth = 1, num_heads = 2 }
+"""
+
+
+@pytest.mark.slow
+def test_memory_has_a_row_for_every_precision_and_choice(invoke: Invoke) -> None:
+    Path("mine.toml").write_text(f"{MEMORY_RECIPE}[pretrain]\nidentities = 4")
+    result = invoke("models", "--memory", "mine.toml", "--set", "pretrain.instances=8")
+    assert result.exit_code == 0, result.output
+    title, *lines = [line.split("\t") for line in result.stdout.splitlines() if "\t" in line]
+    assert title == [*("stage", "precision", "settings"), *MEMORY_PARTS, "total", "operations"]
+    assert [tuple(line[:3]) for line in lines] == [
+        ("pretrain", precision, choice) for precision in ("bfloat16", "float16", "float32") for choice in CHOICES
+    ]
+    for line in lines:
+        *parts, total, operations = map(float, line[3:])
+        assert sum(parts) == pytest.approx(total, abs=0.03)  # all of them are rounded
+        assert operations >= 1
+    assert "32 images (pretrain)" in result.stdout
+    assert "751 identities" in result.stdout
+    assert "source checkpoint" not in result.stdout
+
+
+@pytest.mark.slow
+def test_memory_as_json_is_in_bytes(invoke: Invoke) -> None:
+    Path("mine.toml").write_text(f"{MEMORY_RECIPE}[adapt]\nidentities = 4\nfeature_batch = 8\nstrategy = 'baseline'")
+    content = json.loads(invoke("models", "--memory", "mine.toml", "--json").stdout)
+    assert [row["settings"] for row in content] == 3 * list(CHOICES)
+    for row in content:
+        assert (row["stage"], row["images"], row["classes"]) == ("adapt", 16, 700)
+        assert sum(row["step"].values()) == row["total"] > 2**19
+        assert row["relative_operations"] == pytest.approx(row["operations"] / content[0]["operations"], abs=1e-3)
+
+
+def test_memory_and_recipe_both_name_one(invoke: Invoke) -> None:
+    result = invoke("models", "--memory", "demo", "--recipe", "demo")
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
+    assert "There is no recipe 'dmo' (did you mean 'demo'?)" in refused(invoke("models", "--memory", "dmo"))
+
+
+# --- full size ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

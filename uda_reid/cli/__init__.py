@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from uda_reid import __version__
+from uda_reid.cli.out_of_memory import RUN_FOLDER, explain_out_of_memory, is_out_of_memory
 from uda_reid.errors import UserError
 
 # OpenMP reads this when torch is first imported: waiting threads sleep instead of spinning, which would slow down a
@@ -62,6 +63,9 @@ class Commands(click.Group):
         except UserError as error:
             raise SentenceError(str(error)) from error
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                text = explain_out_of_memory(error, ctx.invoked_subcommand or "", ctx.meta.get(RUN_FOLDER))
+                raise SentenceError(text) from error.with_traceback(None)  # which holds the run and all its tensors
             if not (distributed := _distributed()) or not distributed.is_lost_process(error):
                 raise
             raise SentenceError(

@@ -55,7 +55,9 @@ def adapt(target: str | None, init: Path | None, strategy: str | None, options: 
     for note in notes:
         reporter.say(note)
     source = load_source_model(Path(command.init), device=device, seed=command.seed, overrides=command.overrides)
-    recipe = replace(recipe, model=source.recipe.model, images=source.recipe.images, pretrain=source.recipe.pretrain)
+    if options.resume is None:  # the stored recipe of a run has them already, and what --set changes there
+        of_source = source.recipe
+        recipe = replace(recipe, model=of_source.model, images=of_source.images, pretrain=of_source.pretrain)
     dataset = open_data(command.data, Path(command.data_root), labelled_train=False, reporter=reporter)
     log = open_run(command, recipe, options, device=device, reporter=reporter)
     run_adapt(recipe, source, dataset, device=device, seed=command.seed, reporter=reporter, log=log)

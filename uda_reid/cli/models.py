@@ -67,12 +67,12 @@ def _count(recipe: Recipe) -> dict[str, Any]:
 def _show_memory(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from uda_reid.estimate import ALLOWANCE, CLUSTERS, IDENTITIES, tabulate_memory
 
-    recipe, stages = load_recipe(name, overrides), load_stages(name)
-    rows = [row for stage in stages for row in tabulate_memory(recipe, stage)]
+    recipe, stages, reporter = load_recipe(name, overrides), load_stages(name), Reporter()
+    with reporter.running("tracing"):
+        rows = [row for stage in stages for row in tabulate_memory(recipe, stage)]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    reporter = Reporter()
     table = [
         [
             *(row[key] for key in ("stage", "precision", "settings")),
@@ -83,14 +83,12 @@ def _show_memory(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
         for row in rows
     ]
     reporter.table(["stage", "precision", "settings", *MEMORY_PARTS, "total", "operations"], table)
-    images = {row["stage"]: row["images"] for row in rows}
-    batches = " and ".join(f"{count} images ({stage})" for stage, count in images.items())
+    batches = " and ".join({row["stage"]: f"{row['images']} images ({row['stage']})" for row in rows}.values())
+    reporter.say(f"GiB alive at the peak of a step of {batches}; operations are relative to the recipe as it is.")
+    if "adapt" in stages:
+        model = f"{recipe.model.backbone} at {recipe.images.height}x{recipe.images.width}"
+        reporter.say(f"A run takes the model of an adaptation from its source checkpoint; here it is {model}.")
     reporter.say(
-        f"GiB alive at the peak of a step of {batches}, traced without a GPU; operations are relative to the first row."
-    )
-    if len(stages) == 1:
-        reporter.say(f"The recipe has no section for the other stage than {stages[0]}.")
-    reporter.say(
-        f"Assumed: {IDENTITIES} identities (pretrain), {CLUSTERS} clusters (adapt). Not counted: what no trace sees "
-        f"(docs/memory.md allows {ALLOWANCE / GIB:.1f} GiB for it), images kept on the device, and clustering."
+        f"Assumed: {IDENTITIES} identities (pretrain), {CLUSTERS} clusters (adapt). Not counted: images kept on the "
+        f"device, clustering, and what no trace sees, for which docs/memory.md allows {ALLOWANCE / GIB:.1f} GiB."
     )

@@ -7,9 +7,11 @@ import time
 from io import StringIO
 from pathlib import Path
 
+import click
 import torch
 
 from uda_reid import distributed
+from uda_reid.cli.out_of_memory import RUN_FOLDER
 from uda_reid.errors import UserError
 from uda_reid.report.console import Reporter
 from uda_reid.report.run_log import CHECKPOINT, SUMMARY, RunLog
@@ -70,6 +72,7 @@ def open_folder(
     """
     folder = Path(distributed.broadcast_text(str(out or _new_folder(title)), device))
     log = RunLog(folder, writes=distributed.is_main(), resumed=resumed)
+    click.get_current_context().meta[RUN_FOLDER] = folder
     distributed.barrier()
     processes = distributed.world_size()
     together = f" in {processes} processes" if processes > 1 else ""

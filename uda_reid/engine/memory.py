@@ -68,6 +68,8 @@ class MemoryTrace(TorchDispatchMode):
         self._use = asdict(MemoryUse())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":  # a fake tensor is asked for its device, which is most of what comes here
+            return NotImplemented
         # Works in place; torch has no fake kernel for some and would run these on real tensors instead.
         if func.name().startswith("aten::_fused_") and isinstance(args[0][0], FakeTensor):
             return None
@@ -151,6 +153,8 @@ class OperationCount(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":
+            return NotImplemented
         output = func(*args, **(kwargs or {}))
         if formula := flop_registry.get(func.overloadpacket):
             self.total += formula(*args, **(kwargs or {}), out_val=output) // 2

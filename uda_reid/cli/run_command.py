@@ -18,12 +18,14 @@ from uda_reid.settings import Recipe
 from uda_reid.synthetic import DOMAINS
 
 WITH_RESUME = ("resume", "device", "overrides")
-# Settings of memory and storage, with which every number stays the same.
+# Settings of memory and storage, with which every number stays the same; the batches of two, up to rounding.
 CHANGEABLE = (
     "training.checkpoint_activations",
     "training.checkpoint_minutes",
     "images.store",
     "images.memory_limit_gib",
+    "adapt.feature_batch",
+    "evaluate.batch",
 )
 
 

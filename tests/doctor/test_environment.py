@@ -11,7 +11,8 @@ import torch
 
 from uda_reid.doctor import devices, environment
 from uda_reid.doctor.data_sets import data_sets
-from uda_reid.doctor.environment import clause, examine, folder, shorten
+from uda_reid.doctor.environment import examine, folder
+from uda_reid.doctor.formatting import clause, shorten
 
 KEYS = {
     "versions", "machine", "imports", "driver", "devices", "cuda", "choices", "faiss", "processes", "data", "folders",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from uda_reid.doctor.environment import shorten
+from uda_reid.doctor.formatting import shorten
 from uda_reid.recipe import load_recipe
 from uda_reid.report.console import Reporter
 from uda_reid.settings import Recipe

@@ -8,7 +8,7 @@ import numpy as np
 from uda_reid.data.catalogue import CATALOGUE, open_dataset
 from uda_reid.data.market1501 import read_market1501
 from uda_reid.data.records import ReIDDataset
-from uda_reid.doctor.environment import shorten
+from uda_reid.doctor.formatting import shorten
 from uda_reid.errors import UserError
 from uda_reid.synthetic import DOMAINS
 

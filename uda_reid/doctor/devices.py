@@ -9,7 +9,7 @@ import torch
 
 from uda_reid import distributed
 from uda_reid.data.image_store import choose_storage
-from uda_reid.doctor.environment import clause, gib
+from uda_reid.doctor.formatting import clause, gib
 from uda_reid.engine.prepare import autocast_dtype, uses_channels_last
 from uda_reid.retrieval.neighbours import INVERTED_FROM, choose_backend
 from uda_reid.settings import ImageSettings, TrainingSettings

@@ -15,6 +15,7 @@ from typing import Any
 
 from uda_reid import __version__
 from uda_reid.doctor.findings import Facts, find_notes, find_problems
+from uda_reid.doctor.formatting import clause, gib, shorten
 
 PACKAGES = ("torch", "timm", "numpy", "scikit-learn", "scipy", "safetensors", "pillow", "faiss-gpu", "faiss-cpu")
 # What the packages are called when they are imported; faiss may be missing.
@@ -111,20 +112,3 @@ def folder(purpose: str, path: Path) -> dict[str, Any]:
         "reason": reason,
         "free_gib": gib(shutil.disk_usage(existing).free),
     }
-
-
-def shorten(text: str | Path) -> str:
-    """Returns a path or a value with the home folder as "~", which a public report need not name."""
-    home = str(Path.home())
-    return str(text).replace(home, "~") if home != "/" else str(text)
-
-
-def clause(error: Exception) -> str:
-    """Returns the first sentence of an error without its full stop, as part of a sentence of ours."""
-    text = str(error).strip() or type(error).__name__
-    return shorten(text.splitlines()[0].split(". ")[0].rstrip("."))
-
-
-def gib(size: int) -> float:
-    """Returns bytes in GiB, to a tenth."""
-    return round(size / 2**30, 1)

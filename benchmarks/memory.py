@@ -38,7 +38,7 @@ def trace_recipes(names: Sequence[str]) -> list[Row]:
             alike = replace(recipe, description=stage, adapt=replace(recipe.adapt, cluster=ClusterSettings()))
             key = dump_recipe(alike)
             if key not in traced:
-                traced[key] = tabulate_memory(recipe, stage)
+                traced[key] = list(tabulate_memory(recipe, stage))
             rows += [{"recipe": name, **row} for row in traced[key]]
             print(f"{name}, {stage}: {rows[-len(traced[key])]['total'] / GIB:.2f} GiB in {TRACED_PRECISIONS[0]}")
     return rows

@@ -105,7 +105,7 @@ def test_the_x_reid_objective_adds_its_modules(stage: str, tiny_recipe: Recipe) 
 @pytest.mark.slow
 @each_stage
 def test_each_choice_takes_less_memory_and_more_operations(stage: str, vit: Recipe) -> None:
-    rows = tabulate_memory(varied(vit, f"{stage}.identities=32"), stage)
+    rows = list(tabulate_memory(varied(vit, f"{stage}.identities=32"), stage))
     assert len(rows) == 3 * len(CHOICES)
     found = {(row["precision"], row["settings"]): row for row in rows}
     for precision in ("bfloat16", "float16", "float32"):

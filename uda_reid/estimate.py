@@ -1,5 +1,6 @@
 """How much GPU memory the training of a recipe takes, traced on fake tensors in seconds; no GPU is needed."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -94,21 +95,20 @@ def estimate_memory(recipe: Recipe, stage: str, precision: str, *, classes: int 
     return MemoryEstimate(stage, precision, classes, **traced._asdict())
 
 
-def tabulate_memory(recipe: Recipe, stage: str) -> list[dict[str, Any]]:
-    """Returns the estimates of a stage for each precision and each of CHOICES, as plain values for a table or JSON.
+def tabulate_memory(recipe: Recipe, stage: str) -> Iterator[dict[str, Any]]:
+    """Yields the estimates of a stage for each precision and each of CHOICES, as plain values for a table or JSON.
 
     Memory is in bytes: "total" is that of the step, "peak" that of the estimate. "relative_operations" are those of a
     step over those of the recipe as it is.
     """
-    rows: list[dict[str, Any]] = []
+    plain = 0
     for precision in TRACED_PRECISIONS:
         for settings, overrides in CHOICES.items():
             estimate = estimate_memory(override_recipe(recipe, overrides), stage, precision)
-            plain = rows[0]["operations"] if rows else estimate.operations
+            plain = plain or estimate.operations
             relative = {"relative_operations": round(estimate.operations / plain, 3)}
             sums = {"total": estimate.step.total, "peak": estimate.peak}
-            rows.append(asdict(estimate) | {"settings": settings} | sums | relative)
-    return rows
+            yield asdict(estimate) | {"settings": settings} | sums | relative
 
 
 def _pretraining(recipe: Recipe, identities: int, mode: FakeTensorMode) -> Strategy:

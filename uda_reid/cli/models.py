@@ -1,6 +1,7 @@
 """`models`: the parts and the cost of each backbone, and the GPU memory that a recipe's training takes."""
 
 import json
+import sys
 from typing import Any
 
 import click
@@ -65,11 +66,20 @@ def _count(recipe: Recipe) -> dict[str, Any]:
 
 
 def _show_memory(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    from uda_reid.estimate import ALLOWANCE, CLUSTERS, IDENTITIES, tabulate_memory
+    from uda_reid.estimate import ALLOWANCE, CHOICES, CLUSTERS, IDENTITIES, TRACED_PRECISIONS, tabulate_memory
 
-    recipe, stages, reporter = load_recipe(name, overrides), load_stages(name), Reporter()
-    with reporter.running("tracing"):
-        rows = [row for stage in stages for row in tabulate_memory(recipe, stage)]
+    recipe, stages, reporter = (
+        load_recipe(name, overrides),
+        load_stages(name),
+        Reporter(sys.stderr if as_json else None),
+    )
+    traces = (row for stage in stages for row in tabulate_memory(recipe, stage))
+    count = len(stages) * len(TRACED_PRECISIONS) * len(CHOICES)
+    rows = []
+    with reporter.stages(("tracing",)) as advance:
+        for row in traces:
+            rows.append(row)
+            advance("tracing", len(rows) / count)
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return

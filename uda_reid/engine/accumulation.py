@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
-from uda_reid.distributed import Outputs
+from uda_reid.distributed import Outputs, shard
 from uda_reid.models.batch_norm import batch_norms, changed_momentum
 
 
@@ -58,8 +58,8 @@ class ChunkedNetworks(nn.Module):
 
 
 def _share(rows: slice, chunk: int, chunks: int) -> slice:
-    length = rows.stop - rows.start
-    return slice(rows.start + length * chunk // chunks, rows.start + length * (chunk + 1) // chunks)
+    own = shard(rows.stop - rows.start, chunk, chunks)
+    return slice(rows.start + own.start, rows.start + own.stop)
 
 
 def _gather_rows(shares: Mapping[str, slice]) -> tuple[list[slice], dict[str, slice]]:

@@ -110,6 +110,7 @@ def measure(
     title: str,
     rerank: bool = False,
 ) -> dict[str, float] | None:
+    """Returns the metrics of a model on a test split, and warns of queries without a match; None without a split."""
     if test is None:
         return None
     metrics = evaluate(
@@ -133,6 +134,11 @@ def measure(
 
 
 def write_summary(log: RunLog, started: float, result: Mapping[str, Any], seed: int, device: torch.device) -> Summary:
+    """Writes and returns the result of a run with its seed, device, version and duration.
+
+    Args:
+        started: of `perf_counter`, when the run began.
+    """
     summary = {
         **result,
         "seed": seed,

@@ -68,11 +68,8 @@ def _count(recipe: Recipe) -> dict[str, Any]:
 def _show_memory(name: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from uda_reid.estimate import ALLOWANCE, CHOICES, CLUSTERS, IDENTITIES, TRACED_PRECISIONS, tabulate_memory
 
-    recipe, stages, reporter = (
-        load_recipe(name, overrides),
-        load_stages(name),
-        Reporter(sys.stderr if as_json else None),
-    )
+    recipe, stages = load_recipe(name, overrides), load_stages(name)
+    reporter = Reporter(sys.stderr if as_json else None)
     traces = (row for stage in stages for row in tabulate_memory(recipe, stage))
     count = len(stages) * len(TRACED_PRECISIONS) * len(CHOICES)
     rows = []

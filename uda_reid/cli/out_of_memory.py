@@ -70,7 +70,7 @@ def _find_place(error: RuntimeError) -> tuple[str | None, str]:
 
 
 def _describe_sizes(message: str) -> str:
-    """Returns what torch says of the device, in parentheses; nothing if it does not say."""
+    """Returns the sizes that torch reports, in parentheses; an empty text if it reports none."""
     sizes = SIZES.search(message)
     return f" ({sizes[2]} has {sizes[3]} in all, and {sizes[1]} more were needed)" if sizes else ""
 

@@ -80,7 +80,7 @@ class Check(NamedTuple):
 
     Fields:
         name: for the user.
-        run: makes the check and returns what to say of it; raises Mismatch, Skipped, or whatever the product raises.
+        run: makes the check and returns the detail of its line; raises Mismatch, Skipped, or an error of the product.
     """
 
     name: str

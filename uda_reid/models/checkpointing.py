@@ -13,8 +13,8 @@ from uda_reid.errors import UserError
 def set_activation_checkpointing(network: nn.Module, enable: bool) -> None:
     """Switches activation checkpointing of a network's trunks on or off, in place.
 
-    Every module with timm's method `set_grad_checkpointing` is told; a trunk of timm then keeps the input of each of
-    its blocks only. The second forward pass updates no batch-norm statistics (`engine.optimizer`).
+    Calls timm's method `set_grad_checkpointing` on every module that has it; a trunk of timm then keeps only the input
+    of each of its blocks. The second forward pass updates no batch-norm statistics (`engine.optimizer`).
 
     Raises:
         UserError: `enable` is true, and no module of the network has the method, or one refuses.

@@ -16,7 +16,7 @@ from uda_reid.data.records import Records, TestSplit
 from uda_reid.distributed import barrier, world_size
 from uda_reid.engine.compilation import compile_networks
 from uda_reid.engine.evaluate import evaluate
-from uda_reid.engine.prepare import autocast_dtype, make_autocast
+from uda_reid.engine.prepare import choose_precision, make_autocast
 from uda_reid.engine.state import TrainState
 from uda_reid.engine.state_files import StateFiles
 from uda_reid.estimate import ALLOWANCE, estimate_memory
@@ -78,7 +78,7 @@ def load_training_images(
 def _bytes_to_reserve(recipe: Recipe, stage: str, device: torch.device, reporter: Reporter) -> int:
     """Returns what a training still takes of a GPU whose networks are there already, and says what it takes in all."""
     own = override_recipe(recipe, (f"{stage}.identities={max(2, getattr(recipe, stage).identities // world_size())}",))
-    precision = str(autocast_dtype(recipe.training, device)).removeprefix("torch.")
+    precision = choose_precision(recipe.training, device)
     try:
         needed = estimate_memory(own, stage, precision).peak + ALLOWANCE
     except RuntimeError as error:  # an operator that cannot be traced without data, in a network of the user's choice

@@ -10,7 +10,7 @@ import torch
 from uda_reid import distributed
 from uda_reid.data.image_store import choose_storage
 from uda_reid.doctor.formatting import clause, gib
-from uda_reid.engine.prepare import autocast_dtype, uses_channels_last
+from uda_reid.engine.prepare import choose_precision, uses_channels_last
 from uda_reid.retrieval.neighbours import INVERTED_FROM, choose_backend
 from uda_reid.settings import ImageSettings, TrainingSettings
 
@@ -73,7 +73,7 @@ def choices() -> dict[str, Any]:
     device, training, images = distributed.pick_device("auto"), TrainingSettings(), ImageSettings()
     return {
         "device": str(device),
-        "precision": str(autocast_dtype(training, device)).removeprefix("torch."),
+        "precision": choose_precision(training, device),
         "channels_last": uses_channels_last(training, device),
         "search": choose_backend("auto", INVERTED_FROM - 1, device),
         "search_above": {"rows": INVERTED_FROM, "backend": choose_backend("auto", INVERTED_FROM, device)},

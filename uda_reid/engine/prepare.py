@@ -17,17 +17,22 @@ def prepare(module: nn.Module, training: TrainingSettings, device: torch.device)
     set_activation_checkpointing(module, training.checkpoint_activations)
 
 
-def autocast_dtype(training: TrainingSettings, device: torch.device) -> torch.dtype:
-    """Returns what the forward pass computes in: bfloat16, float16, or float32, which is no autocast.
+def choose_precision(training: TrainingSettings, device: torch.device) -> str:
+    """Returns what the forward pass computes in: "bfloat16", "float16", or "float32", which is no autocast.
 
     "auto" is float32 on a CPU; on a GPU bfloat16 where it is native (from Ampere on), and float16 on older ones.
     """
     if training.precision != "auto":
-        chosen: torch.dtype = getattr(torch, training.precision)
-        return chosen
+        return training.precision
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def autocast_dtype(training: TrainingSettings, device: torch.device) -> torch.dtype:
+    """Returns the dtype of `choose_precision`."""
+    dtype: torch.dtype = getattr(torch, choose_precision(training, device))
+    return dtype
 
 
 def make_autocast(training: TrainingSettings, device: torch.device) -> torch.autocast:
@@ -49,7 +54,7 @@ def prepare_device(training: TrainingSettings, device: torch.device) -> str:
     Returns:
         What was chosen, for the console, such as "bfloat16, TF32, channels_last" or "float32".
     """
-    chosen = [str(autocast_dtype(training, device)).removeprefix("torch.")]
+    chosen = [choose_precision(training, device)]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if training.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = training.tf32

@@ -1,8 +1,6 @@
 """No training step makes the host wait for the device."""
 
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import torch
@@ -12,45 +10,12 @@ from tests.training import (
     load_target,
     new_source_model,
     new_strategy,
-    silent_reporter,
     train_source,
     train_strategy,
     varied,
 )
-from uda_reid.report.training_report import TrainingReport
+from uda_reid.doctor.interruptions import StrictReport
 from uda_reid.settings import Recipe
-
-T = TypeVar("T")
-
-
-class StepReport(TrainingReport):
-    """Watches the training steps: whatever happens between two batches, the making of the next one included."""
-
-    def __init__(self) -> None:
-        super().__init__(silent_reporter())
-        self.steps = 0
-
-    def track(
-        self, batches: Iterable[T], title: str, total: int, size: Callable[[T], int] | None = None
-    ) -> Iterator[T]:
-        return self.watch(batches) if title.startswith("epoch") else iter(batches)
-
-    def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        raise NotImplementedError
-
-
-class StrictReport(StepReport):
-    """As CUDA itself sees it; a simulated GPU also refuses to copy from memory that is not pinned."""
-
-    def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        try:
-            for batch in batches:
-                yield batch
-                self.steps += 1
-                torch.cuda.set_sync_debug_mode("error")  # the first step makes what later ones reuse
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
 
 KEYS = ("intra=1", "inter=1", "heads=2")
 BACKBONES = {"CNN": ("model.backbone=cnn",), "ViT": ("model.backbone=vit",), "SAM-IBN": ("model.backbone=sam_ibn",)}
@@ -69,7 +34,7 @@ CASES = {
 }
 
 
-def train(case: str, recipe: Recipe, root: Path, report: StepReport, device: torch.device) -> None:
+def train(case: str, recipe: Recipe, root: Path, report: StrictReport, device: torch.device) -> None:
     stage, overrides = CASES[case]
     short = ("pretrain.epochs=1", "pretrain.steps=3", "adapt.epochs=1")
     recipe = varied(recipe, *short, *overrides, strategy=None if stage == "pretrain" else stage)

@@ -157,9 +157,9 @@ class StepWorks:
         """Does all that a step does with its images, except for the teacher's forward pass."""
         with self.autocast:
             outputs = self.strategy.networks(self.images, self.cameras, self.rows)
-            losses = self.strategy.losses(outputs, self.labels)
+            losses = self.strategy.losses(outputs, self.labels, self.labels)
         skipped = self.optimizer.step(losses, 1.0)
-        self.strategy.after_step(self.step)
+        self.strategy.after_step(self.step, skipped)
         self.meter.update(losses, skipped)
 
     def teacher(self) -> None:

@@ -15,7 +15,7 @@ from uda_reid.engine.memory import GRANULE, MemoryTrace
 from uda_reid.errors import UserError
 from uda_reid.estimate import CHOICES, CLUSTERS, IDENTITIES, STAGES, MemoryEstimate, estimate_memory, tabulate_memory
 from uda_reid.models.reid_model import Classifiers
-from uda_reid.settings import BACKBONES, STRATEGIES, Recipe
+from uda_reid.settings import BACKBONES, TRAINED_STRATEGIES, Recipe
 
 each_stage = pytest.mark.parametrize("stage", STAGES)
 
@@ -78,7 +78,7 @@ def test_a_large_feature_batch_is_the_peak(vit: Recipe) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", TRAINED_STRATEGIES)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_and_strategy_can_be_traced(backbone: str, strategy: str, tiny_recipe: Recipe) -> None:
     recipe = varied(tiny_recipe, f"model.backbone={backbone}", strategy=strategy)

@@ -14,7 +14,7 @@ from uda_reid.build import build_strategy, load_image_set, make_model, open_data
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.data.records import anonymize
-from uda_reid.engine.adapt import adapt
+from uda_reid.engine.adapt import adapt, refresh_statistics
 from uda_reid.engine.prepare import prepare
 from uda_reid.engine.pretrain import SourceObjective, pretrain
 from uda_reid.engine.state import TrainState
@@ -76,8 +76,10 @@ def train_strategy(
     state: TrainState | None = None,
     report: TrainingReport | None = None,
 ) -> Rows:
-    """Calls `adapt`, by default from the start and without output."""
+    """Calls `refresh_statistics` and `adapt`, by default from the start and without output."""
     state, report = state or TrainState(), report or TrainingReport(silent_reporter())
+    if recipe.adapt.refresh_statistics and not state.resumed:
+        refresh_statistics(strategy, target, recipe.adapt, recipe.training, device=device, report=report)
     return adapt(strategy, target, recipe.adapt, recipe.training, seed=seed, device=device, state=state, report=report)
 
 
@@ -122,8 +124,10 @@ def flatten_level(strategy: Strategy, level: str, *, once: bool = False) -> None
         features = encode(images, camera_indices)
         return {**features, level: torch.ones_like(features[level])}
 
-    def begin_and_restore(features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
-        begin_epoch(features, labels)
+    def begin_and_restore(
+        features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
+    ) -> None:
+        begin_epoch(features, labels, cameras)
         strategy.encode = encode  # type: ignore[method-assign]
 
     strategy.encode = encode_flat  # type: ignore[method-assign]

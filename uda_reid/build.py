@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uda_reid.data.catalogue import open_dataset
-from uda_reid.data.image_set import ImageSet, camera_indices
+from uda_reid.data.image_set import ImageSet, camera_indices, number_cameras
 from uda_reid.data.image_store import load_images
 from uda_reid.data.market1501 import read_market1501
 from uda_reid.data.records import Records, ReIDDataset
@@ -78,7 +78,7 @@ def load_image_set(
         )
     reporter.say(f"{name}: {store.describe()}")
     cameras = camera_indices(records.camera_ids, known_cameras).to(device)
-    return ImageSet(store.images, cameras, settings, records.paths)
+    return ImageSet(store.images, cameras, settings, records.paths, number_cameras(records.camera_ids))
 
 
 def make_model(recipe: Recipe, cameras: int, *, seed: int, pretrained: bool) -> ReIDModel:

@@ -132,7 +132,8 @@ def _adaptation(recipe: Recipe, clusters: int, mode: FakeTensorMode) -> Strategy
         encoded = strategy.eval().encode(*fake_images(1, recipe.images))
     features = {name: torch.ones(clusters, feature.shape[1]) for name, feature in encoded.items()}
     labels = PseudoLabels(torch.arange(clusters), edges=0, seconds={})
-    strategy.begin_epoch(features, dict.fromkeys(strategy.levels, labels))
+    strategy.begin_epoch(features, dict.fromkeys(strategy.levels, labels), None)
     with mode:
         make_fake(strategy.heads, mode)
+        make_fake(strategy.memories, mode)
     return strategy

@@ -14,7 +14,7 @@ import msgspec
 import tomli_w
 
 from uda_reid.errors import UserError
-from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe, Switch
+from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe, Switch, section_of
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """Returns the TOML text of a recipe with every value; `parse_recipe` reads the same recipe from it."""
     table = asdict(recipe)
     for other in set(STRATEGIES) - {recipe.adapt.strategy}:
-        del table["adapt"][other]
+        table["adapt"].pop(section_of(other), None)
     return tomli_w.dumps(table)
 
 
@@ -115,7 +115,7 @@ def _replace_strategy(table: dict[str, Any], strategy: str) -> None:
     adapt = table.setdefault("adapt", {})
     if isinstance(adapt, dict):
         for other in set(STRATEGIES) - {strategy}:
-            adapt.pop(other, None)
+            adapt.pop(section_of(other), None)
         adapt["strategy"] = strategy
 
 
@@ -141,10 +141,11 @@ def _check_strategy(table: Mapping[str, Any]) -> None:
         return
     chosen = adapt.get("strategy", AdaptSettings.strategy)
     for other in STRATEGIES:
-        section = adapt.get(other)
+        name = section_of(other)
+        section = adapt.get(name)
         if other != chosen and chosen in STRATEGIES and isinstance(section, dict) and section:
             raise UserError(
-                f"adapt.{other}.{next(iter(section))} is a setting of the strategy '{other}', but this recipe's "
+                f"adapt.{name}.{next(iter(section))} is a setting of the strategy '{other}', but this recipe's "
                 f"strategy is '{chosen}'; remove it or use --strategy {other}."
             )
 

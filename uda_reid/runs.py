@@ -9,7 +9,7 @@ import torch
 from uda_reid.build import LoadedModel, build_strategy, load_source_model, make_model
 from uda_reid.data.records import ReIDDataset, anonymize
 from uda_reid.distributed import barrier
-from uda_reid.engine.adapt import adapt
+from uda_reid.engine.adapt import adapt, refresh_statistics
 from uda_reid.engine.checkpoint import save_checkpoint
 from uda_reid.engine.prepare import prepare, prepare_device
 from uda_reid.engine.pretrain import SourceObjective, pretrain
@@ -82,7 +82,9 @@ def run_adapt(
     reporter: Reporter,
     log: RunLog,
 ) -> Summary:
-    """Adapts a source model to a target whose identities are not read, and measures it before and after.
+    """Adapts a source model to a target whose identities are not read.
+
+    It is measured before, after the refresh of its batch-norm statistics, and at the end.
 
     Args:
         recipe: with the model and images sections of `init`.
@@ -102,23 +104,34 @@ def run_adapt(
         state.metadata["before"] = measure(
             init.model, target.test, known, recipe, device, reporter, "testing the source model"
         )
-    before = state.metadata["before"]
-    strategy = build_strategy(recipe, cast(ReIDModel, init.model), seed=seed, device=device)
-    batch = recipe.adapt.identities * recipe.adapt.instances
-    batch *= 1 if recipe.adapt.shared_batch else len(strategy.levels)
-    compile_for_run(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
+    before, source_model = state.metadata["before"], cast(ReIDModel, init.model)
+    strategy = build_strategy(recipe, source_model, seed=seed, device=device)
+    if strategy.levels:
+        batch = recipe.adapt.identities * recipe.adapt.instances
+        batch *= 1 if recipe.adapt.shared_batch else len(strategy.levels)
+        compile_for_run(strategy.encoders, recipe, batch, recipe.adapt.epochs * recipe.adapt.steps, device, reporter)
     records = anonymize(target.train, device)
     state.check_images([path.name for path in records.paths])
     images = load_training_images(records, known, recipe, "adapt", target.name, device, reporter, log)
-    report = TrainingReport(reporter, log)
-    rows = adapt(strategy, images, recipe.adapt, recipe.training, seed=seed, device=device, state=state, report=report)
+    settings, training, report = recipe.adapt, recipe.training, TrainingReport(reporter, log)
+    if settings.refresh_statistics and not state.resumed:
+        refresh_statistics(strategy, images, settings, training, device=device, report=report)
+        if strategy.levels:
+            state.metadata["refreshed"] = measure(
+                source_model, target.test, known, recipe, device, reporter, "testing with the target's statistics"
+            )
+    refreshed = state.metadata.get("refreshed")
+    rows = []
+    if strategy.levels:
+        rows = adapt(strategy, images, settings, training, seed=seed, device=device, state=state, report=report)
     source = init.metadata["source"]
     if log.writes:
         metadata = {**init.metadata, "kind": "adapt", "recipe": dump_recipe(recipe), "target": target.name}
         save_checkpoint(log.checkpoint, strategy.result, metadata)
     after = measure(strategy.result, target.test, known, recipe, device, reporter, "testing the adapted model")
     if before is not None and after is not None:
-        reporter.metrics(f"{source} -> {target.name}", {"before": before, "after": after})
+        between = {} if refreshed is None else {"statistics refreshed": refreshed}
+        reporter.metrics(f"{source} -> {target.name}", {"before": before, **between, "after": after})
     else:
         reporter.say(f"{target.name} has no labelled test split, so no accuracy is reported.")
     skipped = sorted({level for row in rows for level in row["skipped_levels"]})
@@ -129,6 +142,7 @@ def run_adapt(
         "source": source,
         "target": target.name,
         "before": before,
+        "refreshed": refreshed,
         "after": after,
         "skipped_levels": {
             level: [row["epoch"] for row in rows if level in row["skipped_levels"]] for level in skipped
@@ -199,5 +213,6 @@ def run_demo(
         adapted = second.summary()
     else:
         adapted = run_adapt(recipe, init, target, device=device, seed=seed, reporter=reporter, log=second)
-    result = {"command": "demo", "source_only": adapted["before"], "adapted": adapted["after"]}
+    result = {"command": "demo", "source_only": adapted["before"]}
+    result |= {"refreshed": adapted["refreshed"], "adapted": adapted["after"]}
     return write_summary(log, started, result, seed, device)

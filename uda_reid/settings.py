@@ -18,7 +18,8 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
-STRATEGIES = ("lf2", "baseline")
+TRAINED_STRATEGIES = ("lf2", "baseline")
+STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
 
@@ -378,6 +379,11 @@ class LF2Settings:
             raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
 
 
+def section_of(strategy: str) -> str:
+    """Returns the key of [adapt] under which the settings of a strategy are."""
+    return strategy.replace("-", "_")
+
+
 @dataclass(frozen=True)
 class AdaptSettings:
     """What every adaptation strategy shares: length, batches, clustering; then one section for each strategy.
@@ -414,8 +420,8 @@ class AdaptSettings:
 
     @property
     def own(self) -> Any:
-        """The settings of the strategy."""
-        return getattr(self, self.strategy)
+        """The settings of the strategy; None for one without."""
+        return getattr(self, section_of(self.strategy), None)
 
 
 @dataclass(frozen=True)

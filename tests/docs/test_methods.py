@@ -14,7 +14,7 @@ import timm
 
 from uda_reid.cli import main
 from uda_reid.recipe import load_recipe, override_recipe, shipped_recipes
-from uda_reid.settings import STRATEGIES
+from uda_reid.settings import STRATEGIES, TRAINED_STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "methods"
@@ -84,7 +84,7 @@ def recipes(page: Path) -> set[str]:
     return linked | used
 
 
-@pytest.mark.parametrize("name", ["fusionreid", "sam-ibn", "x-reid", *STRATEGIES])
+@pytest.mark.parametrize("name", ["fusionreid", "sam-ibn", "x-reid", *TRAINED_STRATEGIES, "adabn"])
 def test_every_system_has_its_page_and_the_index_links_it(name: str) -> None:
     targets = [target for _, target in LINK.findall((FOLDER / "README.md").read_text())]
     assert f"{name}.md" in targets

@@ -26,11 +26,15 @@ from uda_reid.doctor.checks import CHECKS
 from uda_reid.engine import optimizer
 from uda_reid.models.ema_teacher import EmaTeacher
 from uda_reid.retrieval.neighbours import Neighbours
-from uda_reid.settings import BACKBONES, OPTIMIZERS, STRATEGIES, OptimSettings
+from uda_reid.settings import BACKBONES, OPTIMIZERS, TRAINED_STRATEGIES, OptimSettings
 
 Break = Callable[[pytest.MonkeyPatch], None]
 WORKER = Path(__file__).parent / "broken_worker.py"
-ONLY_ON_A_GPU = {"network: torch.compile", *(f"no host wait, {name}" for name in STRATEGIES), "two processes, NCCL"}
+ONLY_ON_A_GPU = {
+    "network: torch.compile",
+    *(f"no host wait, {name}" for name in TRAINED_STRATEGIES),
+    "two processes, NCCL",
+}
 # What the wrong forms below call.
 NEAREST, LOAD, PREPARE = search_checks.nearest_neighbours, image_checks.load_images, network_checks.prepare
 RERANK, EVALUATE = clustering_checks.rerank, clustering_checks.evaluate_ranking
@@ -171,7 +175,7 @@ WRONG: dict[str, Break] = {
     "training step, float16": instead(step_checks, "GuardedOptimizer", Impatient),
     "training step, checkpointed": instead(optimizer, "changed_momentum", same_momentum),
     "training step, in 4 chunks": instead(step_checks, "in_chunks", lambda networks, chunks: networks),
-    **{f"adaptation step, {name}": instead(step_checks, "GuardedOptimizer", Impatient) for name in STRATEGIES},
+    **{f"adaptation step, {name}": instead(step_checks, "GuardedOptimizer", Impatient) for name in TRAINED_STRATEGIES},
     **{f"optimizer: {name}": instead(step_checks, "GuardedOptimizer", Careless) for name in OPTIMIZERS},
     "teacher: moving average": instead(step_checks, "EmaTeacher", LateTeacher),
     "demo of two epochs": wrong(training_checks, "run_demo", diverged),

@@ -11,7 +11,7 @@ from tests.doctor.conftest import check_named
 from uda_reid.doctor.check import FAIL, PASS, Scene, try_check
 from uda_reid.doctor.checks import CHECKS
 from uda_reid.engine.meter import LossMeter
-from uda_reid.settings import STRATEGIES
+from uda_reid.settings import TRAINED_STRATEGIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
 
@@ -41,7 +41,7 @@ def test_a_check_passes(name: str, scene_on_gpu: Scene) -> None:
     assert outcome.status == PASS, outcome.detail
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", TRAINED_STRATEGIES)
 def test_a_wait_in_a_step_is_noticed(strategy: str, scene_on_gpu: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     update = LossMeter.update
 

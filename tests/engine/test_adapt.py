@@ -29,7 +29,7 @@ from uda_reid.data.image_set import ImageSet
 from uda_reid.errors import UserError
 from uda_reid.report.console import Reporter
 from uda_reid.report.training_report import TrainingReport
-from uda_reid.settings import STRATEGIES, Recipe
+from uda_reid.settings import TRAINED_STRATEGIES, Recipe
 from uda_reid.strategies.lf2 import LF2
 
 
@@ -48,7 +48,7 @@ def with_shuffled_identities(folder: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", TRAINED_STRATEGIES)
 def test_shuffling_the_target_identities_changes_no_weight(
     name: str, tiny_root: Path, tmp_path: Path, tiny_recipe: Recipe
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_level_without_clusters_is_skipped_and_the_others_train(
         assert (moved == []) == (name == level), name
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", TRAINED_STRATEGIES)
 def test_no_clusters_at_all_change_no_weight_and_end_no_run(
     name: str, tiny_target: ImageSet, tiny_recipe: Recipe
 ) -> None:
@@ -205,10 +205,10 @@ def test_begin_epoch_gets_the_features_of_every_image(mirror: str, tiny_target: 
                 features = {name: features[name] + mirrored[name] for name in features}
         return features
 
-    def watched(features: dict[str, Tensor], labels: Any) -> None:
+    def watched(features: dict[str, Tensor], labels: Any, cameras: Any) -> None:
         assert not any(module.training for module in strategy.modules())
         seen.append((dict(features), expected()))
-        begin_epoch(features, labels)
+        begin_epoch(features, labels, cameras)
 
     strategy.begin_epoch = watched  # type: ignore[method-assign,assignment]
     train_strategy(strategy, tiny_target, recipe)
@@ -218,7 +218,7 @@ def test_begin_epoch_gets_the_features_of_every_image(mirror: str, tiny_target: 
 
 def test_steps_are_numbered_over_the_whole_run(tiny_target: ImageSet, tiny_recipe: Recipe) -> None:
     strategy, numbers = new_strategy(tiny_recipe), []
-    strategy.after_step = numbers.append  # type: ignore[method-assign]
+    strategy.after_step = lambda step, skipped: numbers.append(step)  # type: ignore[method-assign]
     train_strategy(strategy, tiny_target, tiny_recipe)
     assert numbers == list(range(tiny_recipe.adapt.epochs * tiny_recipe.adapt.steps))
 
@@ -277,7 +277,7 @@ class Broken(ImageSet):
         return pixels * float("nan"), cameras
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", TRAINED_STRATEGIES)
 def test_steps_that_stay_bad_end_the_run_and_name_files_of_the_batch(
     name: str, tiny_target: ImageSet, tiny_recipe: Recipe
 ) -> None:

@@ -63,12 +63,12 @@ class Stage:
 
     module: nn.Module
     networks: nn.Module
-    losses: Callable[[Mapping[str, Any], Mapping[str, Tensor]], Losses]
+    losses: Callable[[Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Tensor]], Losses]
     trained: Callable[[], tuple[list[nn.Module], list[nn.Module], list[nn.Module]]]
     loss_names: tuple[str, ...]
     levels: dict[str, int]
     shared: bool = False
-    after_step: Callable[[int], None] = field(default=lambda step: None)
+    after_step: Callable[[int, Tensor], None] = field(default=lambda step, skipped: None)
 
 
 def as_on_gpu(recipe: Recipe) -> TrainingSettings:
@@ -84,7 +84,7 @@ def make_stage(recipe: Recipe, name: str) -> Stage:
         return Stage(
             nn.ModuleList([network, objective]),
             network,
-            lambda outputs, labels: objective(outputs[SOURCE], labels[SOURCE]),
+            lambda outputs, labels, indices: objective(outputs[SOURCE], labels[SOURCE]),
             lambda: ([model], [objective], []),
             objective.loss_names,
             {SOURCE: recipe.pretrain.identities * recipe.pretrain.instances},
@@ -93,7 +93,7 @@ def make_stage(recipe: Recipe, name: str) -> Stage:
     prepare(strategy.networks, as_on_gpu(recipe), HOST)
     found = PseudoLabels(torch.arange(CLASSES), 0, {})
     centroids = torch.randn(CLASSES, sum(model.output_widths))
-    strategy.begin_epoch({"bn_embedding": centroids}, dict.fromkeys(strategy.levels, found))
+    strategy.begin_epoch({"bn_embedding": centroids}, dict.fromkeys(strategy.levels, found), None)
     strategy.train()
     images = recipe.adapt.identities * recipe.adapt.instances
     return Stage(
@@ -144,9 +144,9 @@ def take_step(gpu: FakeGpu, stage: Stage, recipe: Recipe) -> Seen:
     gpu.watch.forget()
     with make_autocast(training, GPU):
         outputs = in_chunks(stage.networks, training.accumulate)(images, cameras, rows)
-        seen.losses = stage.losses(outputs, labels)
+        seen.losses = stage.losses(outputs, labels, labels)
     skipped = optimizer.step(seen.losses, learning_rate_factor(0.5, settings.epochs, settings.optim))
-    stage.after_step(3)
+    stage.after_step(3, skipped)
     guard.update("step 1", meter.update(seen.losses, skipped), torch.zeros(count))
     for hook in hooks:
         hook.remove()

@@ -21,7 +21,7 @@ from uda_reid.data.image_set import ImageSet
 from uda_reid.engine.batches import Batch
 from uda_reid.errors import UserError
 from uda_reid.report.training_report import TrainingReport
-from uda_reid.settings import STRATEGIES, Recipe
+from uda_reid.settings import TRAINED_STRATEGIES, Recipe
 
 
 class PoisonedReport(TrainingReport):
@@ -48,7 +48,7 @@ class PoisonedReport(TrainingReport):
             yield replace(batch, images=batch.images * float("nan"))
 
 
-@pytest.mark.parametrize("stage", ["pretrain", *STRATEGIES])
+@pytest.mark.parametrize("stage", ["pretrain", *TRAINED_STRATEGIES])
 def test_steps_that_stay_bad_end_the_run_naming_files_and_leave_no_trace(
     stage: str,
     tiny_source: tuple[ImageSet, np.ndarray],

@@ -42,7 +42,7 @@ def begin(strategy: Strategy, model: ReIDModel, *, skipped: Iterable[str] = ()) 
     features = torch.randn(len(labels), sum(model.output_widths), dtype=torch.float64)
     none = torch.full_like(labels, -1)
     found = {level: PseudoLabels(none if level in skipped else labels, 0, {}) for level in strategy.levels}
-    strategy.begin_epoch({"bn_embedding": features}, found)
+    strategy.begin_epoch({"bn_embedding": features}, found, None)
     strategy.heads.double()
     return features, labels
 
@@ -50,7 +50,8 @@ def begin(strategy: Strategy, model: ReIDModel, *, skipped: Iterable[str] = ()) 
 def losses_of(strategy: Strategy, levels: Sequence[str]) -> dict[str, Tensor]:
     """Returns the losses of `make_batch`."""
     images, cameras, rows, labels = make_batch(levels)
-    return strategy.losses(strategy.networks(images, cameras, rows), labels)
+    indices = {level: torch.arange(len(each)) for level, each in labels.items()}
+    return strategy.losses(strategy.networks(images, cameras, rows), labels, indices)
 
 
 def without_gradient(*modules: nn.Module) -> set[str]:

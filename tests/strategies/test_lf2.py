@@ -126,7 +126,7 @@ def test_in_a_shared_batch_an_outlier_is_nobodys_positive() -> None:
     rows, names = slice(0, 9), {"global": labels["global"], "upper": part, "lower": torch.full_like(part, -1)}
     with torch.no_grad():
         embedding = copy.deepcopy(strategy.networks.student)(images, cameras).part_embeddings[0]
-    losses = strategy.losses(strategy.networks(images, cameras, dict.fromkeys(names, rows)), names)
+    losses = strategy.losses(strategy.networks(images, cameras, dict.fromkeys(names, rows)), names, names)
     assert losses["triplet_upper"].item() == pytest.approx(0.5 * triplet(embedding, part), rel=1e-8)
     assert losses["triplet_lower"].item() == 0
 
@@ -135,10 +135,11 @@ def test_levels_of_a_shared_batch_are_those_of_the_same_batch_by_itself(strategy
     images, cameras, _, labels = make_batch(["global"])
     names = dict.fromkeys(LEVELS, labels["global"])
     whole = copy.deepcopy(strategy)
-    shared = strategy.losses(strategy.networks(images, cameras, dict.fromkeys(LEVELS, slice(0, 9))), names)
+    shared = strategy.losses(strategy.networks(images, cameras, dict.fromkeys(LEVELS, slice(0, 9))), names, names)
     for level in LEVELS:
         alone = copy.deepcopy(whole)
-        losses = alone.losses(alone.networks(images, cameras, {level: slice(0, 9)}), {level: names[level]})
+        own = {level: names[level]}
+        losses = alone.losses(alone.networks(images, cameras, {level: slice(0, 9)}), own, own)
         for name, loss in losses.items():
             torch.testing.assert_close(shared[name], loss)
 
@@ -219,13 +220,13 @@ def test_a_step_trains_the_student_and_leaves_the_teacher(strategy: LF2) -> None
 
 def test_the_teacher_follows_the_student_after_each_step(strategy: LF2) -> None:
     teacher, student = strategy.networks.teacher, strategy.networks.student
-    strategy.after_step(0)
+    strategy.after_step(0, torch.zeros(()))
     states = [copy.deepcopy(network.state_dict()) for network in (teacher, student)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 1
-    strategy.after_step(1)  # alpha = 1 - 1 / 2
+    strategy.after_step(1, torch.zeros(()))  # alpha = 1 - 1 / 2
     for name, parameter in teacher.named_parameters():
         torch.testing.assert_close(parameter, states[0][name] + 0.5)
 

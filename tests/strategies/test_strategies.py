@@ -38,7 +38,7 @@ def begin(strategy: Strategy, clusters: int) -> None:
     with torch.no_grad():
         features = strategy.eval().encode(images, torch.full((len(images),), -1))
     labels = PseudoLabels(torch.arange(clusters).repeat(2), 0, {})
-    strategy.begin_epoch(features, dict.fromkeys(strategy.levels, labels))
+    strategy.begin_epoch(features, dict.fromkeys(strategy.levels, labels), None)
 
 
 def parameters(*modules: nn.Module) -> Iterator[nn.Parameter]:
@@ -74,9 +74,11 @@ def test_encode_returns_every_level_and_training_every_loss(recipe: Recipe) -> N
     images, cameras = torch.randn(8, 3, 32, 16), torch.full((8,), -1)
     assert set(strategy.levels) <= strategy.encode(images, cameras).keys()
     labels = torch.arange(4).repeat_interleave(2)
-    outputs = strategy.train().networks(images, cameras, dict.fromkeys(strategy.levels, slice(0, 8)))
+    views = images.repeat(1, strategy.views, 1, 1)
+    outputs = strategy.train().networks(views, cameras, dict.fromkeys(strategy.levels, slice(0, 8)))
     assert tuple(outputs) == strategy.levels
-    losses = strategy.losses(outputs, dict.fromkeys(strategy.levels, labels))
+    indices = dict.fromkeys(strategy.levels, torch.arange(8))
+    losses = strategy.losses(outputs, dict.fromkeys(strategy.levels, labels), indices)
     assert set(losses) == set(strategy.loss_names)
     assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
 

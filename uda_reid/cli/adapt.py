@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from uda_reid.cli.options import PATH, RunOptions, run_options, strategy_option
-from uda_reid.settings import AdaptSettings
+from uda_reid.settings import TRAINED_STRATEGIES, AdaptSettings
 
 OF_CHECKPOINT = ("model.", "images.", "pretrain.")  # sections that the source checkpoint decides
 
@@ -34,7 +34,8 @@ def adapt(target: str | None, init: Path | None, strategy: str | None, options: 
         path = find_checkpoint(init, ("pretrain",))
         of_model = tuple(override for override in options.overrides if override.startswith(OF_CHECKPOINT))
         others = tuple(override for override in options.overrides if override not in of_model)
-        recipe, notes = choose_recipe(options.recipe_name, target, strategy or AdaptSettings.strategy, others, strategy)
+        default = strategy if strategy in TRAINED_STRATEGIES else AdaptSettings.strategy
+        recipe, notes = choose_recipe(options.recipe_name, target, default, others, strategy)
         notes = [f"Starting from {path}{'' if init else ' (the newest pre-training run)'}.", *notes]
         command = RunCommand(
             "adapt",

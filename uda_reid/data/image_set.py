@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +23,14 @@ class ImageSet:
             that batches are made for.
         settings: size and normalization of the images.
         paths: the N files, for messages; empty if the images come from no file.
+        cameras: [N] int64, the camera of each image from 0, on the CPU; None where they are not known.
     """
 
     images: Tensor
     camera_indices: Tensor
     settings: ImageSettings
     paths: tuple[Path, ...] = ()
+    cameras: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,6 +111,12 @@ def _split_blocks(
             cameras = camera_indices[done : done + len(images)].to(device, non_blocking=True)
             yield normalize(images.to(device, non_blocking=True), settings.mean, settings.std), cameras
             done += len(images)
+
+
+def number_cameras(camera_ids: np.ndarray) -> Tensor | None:
+    """Returns [N] int64: the cameras numbered from 0; None unless all are known (not negative) and there are two."""
+    cameras, numbers = np.unique(camera_ids, return_inverse=True)
+    return torch.from_numpy(numbers.astype(np.int64)) if len(cameras) > 1 and cameras[0] >= 0 else None
 
 
 def camera_indices(camera_ids: Iterable[int], known: Sequence[int]) -> Tensor:

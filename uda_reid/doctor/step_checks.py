@@ -18,7 +18,7 @@ from uda_reid.engine.prepare import make_autocast, make_loss_scale, prepare, pre
 from uda_reid.engine.pretrain import SOURCE, SourceNetwork, SourceObjective
 from uda_reid.engine.strategy import Strategy
 from uda_reid.models.ema_teacher import EmaTeacher
-from uda_reid.settings import OPTIMIZERS, STRATEGIES, OptimSettings, TrainingSettings
+from uda_reid.settings import OPTIMIZERS, TRAINED_STRATEGIES, OptimSettings, TrainingSettings
 
 CPU = torch.device("cpu")
 IMAGES, CLASSES = 16, 4
@@ -88,15 +88,17 @@ def _begun_strategy(scene: Scene, name: str, device: torch.device) -> Strategy:
     with torch.no_grad():
         features = strategy.encode(images, cameras)
     labels = torch.arange(IMAGES) // 4
-    strategy.begin_epoch(features, {level: PseudoLabels(labels, 0, {}) for level in strategy.levels})
+    strategy.begin_epoch(features, {level: PseudoLabels(labels, 0, {}) for level in strategy.levels}, None)
     return strategy.train()
 
 
 def _strategy_losses(strategy: Strategy, device: torch.device) -> Losses:
     images, cameras = _strategy_images(device)
-    outputs = strategy.networks(images, cameras, dict.fromkeys(strategy.levels, slice(0, IMAGES)))
-    labels = (torch.arange(IMAGES) // 4).to(device)
-    return strategy.losses(outputs, dict.fromkeys(strategy.levels, labels))
+    views = images.repeat(1, strategy.views, 1, 1)
+    outputs = strategy.networks(views, cameras, dict.fromkeys(strategy.levels, slice(0, IMAGES)))
+    indices = torch.arange(IMAGES, device=device)
+    labels = indices // 4
+    return strategy.losses(outputs, dict.fromkeys(strategy.levels, labels), dict.fromkeys(strategy.levels, indices))
 
 
 def _strategy_images(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ CHECKS = (
         "training step, in 4 chunks",
         partial(training_step, training=replace(EXACT, accumulate=4), group=IMAGES // 4),
     ),
-    *(Check(f"adaptation step, {name}", partial(adaptation_step, name=name)) for name in STRATEGIES),
+    *(Check(f"adaptation step, {name}", partial(adaptation_step, name=name)) for name in TRAINED_STRATEGIES),
     *(Check(f"optimizer: {name}", partial(optimizer, name=name)) for name in OPTIMIZERS),
     Check("teacher: moving average", moving_average),
 )

@@ -18,7 +18,7 @@ from uda_reid.doctor.check import Check, Scene, Skipped, compare, compare_length
 from uda_reid.doctor.commands import run_command
 from uda_reid.doctor.interruptions import InterruptedDemo, InterruptedReport, StrictReport
 from uda_reid.doctor.step_checks import STATISTICS
-from uda_reid.engine.adapt import adapt
+from uda_reid.engine.adapt import adapt, refresh_statistics
 from uda_reid.engine.checkpoint import save_checkpoint
 from uda_reid.engine.prepare import prepare_device
 from uda_reid.engine.state import TrainState
@@ -29,7 +29,7 @@ from uda_reid.report.run_log import CHECKPOINT, RunLog
 from uda_reid.report.training_report import TrainingReport
 from uda_reid.retrieval.normalize import normalize
 from uda_reid.runs import run_demo
-from uda_reid.settings import STRATEGIES, Recipe
+from uda_reid.settings import TRAINED_STRATEGIES, Recipe
 
 # Largest difference after a resume: of the steps since the interruption, over their length, and of the weights after a
 # demo, over theirs. A CPU repeats a step to the last bit. A GPU sums in another order each time, which Adam amplifies
@@ -146,6 +146,8 @@ def _adapt(scene: Scene, recipe: Recipe, state: TrainState, report: TrainingRepo
     model = make_model(recipe, 0, seed=0, pretrained=False)
     strategy = build_strategy(recipe, model, seed=0, device=scene.device)
     training = recipe.training
+    if not state.resumed:
+        refresh_statistics(strategy, images, recipe.adapt, training, device=scene.device, report=report)
     adapt(strategy, images, recipe.adapt, training, seed=0, device=scene.device, state=state, report=report)
     return deepcopy(strategy.state_dict())
 
@@ -166,7 +168,7 @@ def _refuse(text: str) -> None:
 
 
 CHECKS = (
-    *(Check(f"no host wait, {name}", partial(no_host_wait, name=name)) for name in STRATEGIES),
+    *(Check(f"no host wait, {name}", partial(no_host_wait, name=name)) for name in TRAINED_STRATEGIES),
     Check("demo of two epochs", demo),
     Check("demo, resumed", resumed_demo),
     Check("epoch, resumed within", resumed_epoch),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
+from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.data.image_set import ImageSet
 from uda_reid.distributed import all_gather_outputs, shard, wrap_ddp
 from uda_reid.engine.accumulation import in_chunks
@@ -62,7 +62,9 @@ def adapt(
         strategy.head_list,
         loss_scale=make_loss_scale(training, device),
     )
-    batches = LevelBatches(target, settings, shared=settings.shared_batch, seed=seed, device=device)
+    batches = LevelBatches(
+        target, settings, shared=settings.shared_batch, views=strategy.views, seed=seed, device=device
+    )
     meter = LossMeter(strategy.loss_names, device)
     patience = training.patience + optimizer.spare_skips
     guard = NonFiniteGuard(strategy.loss_names, patience, target.files, "adapt")
@@ -71,10 +73,6 @@ def adapt(
     state.track("batches", batches)
     state.track("meter", meter)
 
-    if settings.refresh_statistics and not state.resumed:
-        chunks = statistics_chunks(target, settings.feature_batch, device)
-        with torch.no_grad(), autocast:
-            strategy.refresh_statistics(report.track(chunks, "batch-norm statistics", len(target)))
     _begin_table(strategy, throughput, report)
     for epoch in state.epochs(settings.epochs):
         if not state.within_epoch:  # a run resumed within an epoch has that epoch's labels and heads
@@ -83,14 +81,16 @@ def adapt(
             images = report.track(images, "features", len(target))
             features = extract_features(strategy.encode, images, mirror=settings.mirror, autocast=autocast)
             labels = {
-                level: pseudo_labels(features[level], settings.cluster, seed=derive_seed(seed, epoch, number))
+                level: strategy.cluster(
+                    level, features[level], settings.cluster, target.cameras, derive_seed(seed, epoch, number)
+                )
                 for number, level in enumerate(strategy.levels)
             }
-            clustered = {level: found.labels for level, found in labels.items() if found.has_clusters}
+            clustered = {level: strategy.sampled_labels(found) for level, found in labels.items() if found.has_clusters}
             state.row = _clustering_row(epoch, labels, report)
 
             torch.manual_seed(derive_seed(seed, epoch, SAMPLING))
-            strategy.begin_epoch(features, labels)
+            strategy.begin_epoch(features, labels, target.cameras)
             del features  # the steps need their memory
             optimizer.replace_heads(strategy.head_list)
             batches.begin_epoch(clustered, [derive_seed(seed, epoch, SAMPLING, i) for i in range(len(clustered))])
@@ -105,14 +105,29 @@ def adapt(
             with autocast:
                 outputs = networks(batch.images, batch.camera_indices, batch.rows)
                 outputs = all_gather_outputs(outputs, batch.sizes)
-                losses = strategy.losses(outputs, batch.labels)
+                losses = strategy.losses(outputs, batch.labels, batch.level_indices)
             position = epoch + batch.step / settings.steps
             skipped = optimizer.step(losses, learning_rate_factor(position, settings.epochs, settings.optim))
-            strategy.after_step(epoch * settings.steps + batch.step)
+            strategy.after_step(epoch * settings.steps + batch.step, skipped)
             guard.update(f"step {batch.step + 1} of epoch {epoch + 1}", meter.update(losses, skipped), batch.indices)
         guard.flush()
         _report_epoch(state, settings, meter, throughput, report)
     return state.rows
+
+
+def refresh_statistics(
+    strategy: Strategy,
+    target: ImageSet,
+    settings: AdaptSettings,
+    training: TrainingSettings,
+    *,
+    device: torch.device,
+    report: TrainingReport,
+) -> None:
+    """Re-estimates the batch-norm statistics of a strategy's networks on the target, before `adapt`. Collective."""
+    chunks = statistics_chunks(target, settings.feature_batch, device)
+    with torch.no_grad(), make_autocast(training, device):
+        strategy.refresh_statistics(report.track(chunks, "batch-norm statistics", len(target)))
 
 
 def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: TrainingReport) -> dict[str, Any]:

@@ -20,10 +20,11 @@ class Batch:
 
     Attributes:
         step: of the epoch.
-        images: [b, 3, H, W] float32, augmented: this process's rows of the B images of the batch.
+        images: [b, views * 3, H, W] float32, augmented: this process's rows of the B images of the batch.
         camera_indices: [b] int64.
         rows: level -> the rows of `images` that belong to it.
         labels: level -> [P * K] int64 of the whole batch.
+        level_indices: level -> [P * K] int64, the numbers of its images.
         indices: [B] int64, all images of the batch, on the CPU.
     """
 
@@ -32,6 +33,7 @@ class Batch:
     camera_indices: Tensor
     rows: dict[str, slice]
     labels: dict[str, Tensor]
+    level_indices: dict[str, Tensor]
     indices: Tensor
 
     def __len__(self) -> int:
@@ -53,6 +55,7 @@ class LevelBatches:
         settings: P, K and the augmentation.
         shared: one batch for all levels, drawn by the labels of the first; images that are outliers of another level
             have a negative label there.
+        views: how often each image is augmented.
         seed: of the run, for the augmentation.
     """
 
@@ -62,10 +65,11 @@ class LevelBatches:
         settings: PretrainSettings | AdaptSettings,
         *,
         shared: bool = False,
+        views: int = 1,
         seed: int,
         device: torch.device,
     ) -> None:
-        self._data, self._settings, self._shared = data, settings, shared
+        self._data, self._settings, self._shared, self._views = data, settings, shared, views
         self._seed, self._device = seed, device
         self.begin_epoch({}, ())
 
@@ -100,13 +104,20 @@ class LevelBatches:
                 yield self._draw(epoch, step)
 
     def _draw(self, epoch: int, step: int) -> Batch:
-        indices, labels = self._draw_indices()
-        rows, bounds = self._own_rows(len(indices), [len(each) for each in labels.values()])
+        indices, level_indices = self._draw_indices()
+        rows, bounds = self._own_rows(len(indices), [len(each) for each in level_indices.values()])
         generator = seed_step(self._seed, epoch, step, self._device)
         chosen = rows if world_size() > 1 else None
-        images, cameras = self._data.augmented(indices, self._settings.augment, generator, self._device, chosen)
-        on_device = {level: to_device(each, self._device) for level, each in labels.items()}
-        return Batch(step, images, cameras, dict(zip(labels, bounds, strict=True)), on_device, indices)
+        views = [
+            self._data.augmented(indices, self._settings.augment, generator, self._device, chosen)
+            for _ in range(self._views)
+        ]
+        images = views[0][0] if self._views == 1 else torch.cat([view for view, _ in views], dim=1)
+        labels = {level: self._labels[level][each] for level, each in level_indices.items()}
+        labels, level_indices = (
+            {level: to_device(each, self._device) for level, each in part.items()} for part in (labels, level_indices)
+        )
+        return Batch(step, images, views[0][1], dict(zip(labels, bounds, strict=True)), labels, level_indices, indices)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns labels, seeds and the number of batches drawn."""
@@ -123,10 +134,11 @@ class LevelBatches:
             self._draw_indices()
 
     def _draw_indices(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the images of a batch, and those of each level."""
         self._drawn += 1
         drawn = {level: sampler.draw() for level, sampler in self._samplers.items()}
         indices = torch.cat(list(drawn.values()))
-        return indices, {level: each[drawn.get(level, indices)] for level, each in self._labels.items()}
+        return indices, {level: drawn.get(level, indices) for level in self._labels}
 
     def _own_rows(self, images: int, sizes: Sequence[int]) -> tuple[Tensor, list[slice]]:
         """Returns this process's rows of the batch, and where those of each level are among them."""

@@ -5,10 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from uda_reid.clustering.pseudo_labels import PseudoLabels
+from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
 from uda_reid.engine.optimizer import Losses
+from uda_reid.models.memory import Memory
 from uda_reid.models.part_fusion import PartReIDModel
 from uda_reid.models.reid_model import Classifiers, ReIDModel
+from uda_reid.settings import ClusterSettings
 
 
 class Strategy(nn.Module):
@@ -18,17 +20,26 @@ class Strategy(nn.Module):
     dict is saved with the training and restored on resume.
 
     Attributes:
-        levels: names of the clusterings; each level has its own pseudo-labels and its own batch.
+        levels: names of the clusterings; each level has its own pseudo-labels and its own batch. Without any, nothing
+            is trained.
         loss_names: keys of the losses.
-        networks: what images pass through in training, called with (images [b, 3, H, W], camera indices [b], level ->
-            its rows among them); returns level -> a NamedTuple of tensors [b, ...]. Levels without clusters are absent.
-        heads: classifiers or memories over the clusters, made anew by `begin_epoch`; only `losses` applies them.
+        views: how often each image of a batch is augmented; the views are side by side on the channels.
+        networks: what images pass through in training, called with (images [b, views * 3, H, W], camera indices [b],
+            level -> its rows among them); returns level -> a NamedTuple of tensors [b, ...]. Levels without clusters
+            are absent.
+        heads: classifiers over the clusters, made anew by `begin_epoch`; only `losses` applies them.
+        memories: what `begin_epoch` makes beside them and `after_step` updates; it is not trained.
     """
 
     levels: tuple[str, ...]
     loss_names: tuple[str, ...]
+    views = 1
     networks: nn.Module
-    heads: nn.ModuleDict
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict()
+        self.memories = nn.ModuleDict()
 
     @staticmethod
     def result_network(model: ReIDModel, settings: Any) -> ReIDModel | PartReIDModel:
@@ -76,34 +87,55 @@ class Strategy(nn.Module):
         """Returns a feature [b, D] for each level, to be clustered, and whatever else `begin_epoch` reads."""
         raise NotImplementedError
 
-    def begin_epoch(self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
-        """Makes the heads for new pseudo-labels.
+    def cluster(
+        self, level: str, features: Tensor, settings: ClusterSettings, cameras: Tensor | None, seed: int
+    ) -> PseudoLabels:
+        """Returns the pseudo-labels of one level, the same on every process; by default `pseudo_labels`. Collective.
+
+        Args:
+            features: [n, D] not normalized, this process's rows of the target.
+            cameras: [N] int64 from 0, of all target images, on the CPU; None where they are not known.
+            seed: of k-means.
+        """
+        return pseudo_labels(features, settings, seed=seed)
+
+    def begin_epoch(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
+    ) -> None:
+        """Makes the heads and memories for new pseudo-labels.
 
         Args:
             features: [n, D] not normalized, this process's rows of the target, by the names of `encode`.
             labels: of all N target images, by level; one without clusters is skipped in this epoch.
+            cameras: as in `cluster`.
         """
         raise NotImplementedError
 
-    def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Losses:
+    def sampled_labels(self, found: PseudoLabels) -> Tensor:
+        """Returns the labels by which batches are drawn, [N] int64; images with a negative one are left out."""
+        return found.labels
+
+    def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Losses:
         """Returns the weighted losses of a batch, by the names of `loss_names`.
 
         Args:
             outputs: level -> what `networks` returned, of the level's whole batch.
             labels: level -> [P * K] int64.
+            indices: level -> [P * K] int64, the numbers of the images in the target.
         """
         raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
-        """Updates what follows the training, such as a teacher; by default nothing does.
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """Updates what follows the training, such as a teacher or a memory; by default nothing does.
 
         Args:
             step: steps of the run before this one.
+            skipped: scalar float on the device, 1 if the optimizer took no step since something was not finite.
         """
 
     def resize_heads(self, stored: Mapping[str, Tensor]) -> None:
-        """Makes the heads of a saved epoch, whose values are loaded next; to be overridden for other heads than trained
-        `Classifiers`.
+        """Makes the heads and memories of a saved epoch, whose values are loaded next; to be overridden for other heads
+        than trained `Classifiers`.
 
         Args:
             stored: a state dict of this strategy.
@@ -115,3 +147,6 @@ class Strategy(nn.Module):
             if head is None:
                 raise NotImplementedError(f"The head '{name}' is not a Classifiers: override resize_heads to make it.")
             self.heads[name] = head.to(device)
+        self.memories = nn.ModuleDict()
+        for name in {key.split(".")[1] for key in stored if key.startswith("memories.")}:
+            self.memories[name] = Memory.like(stored, f"memories.{name}.").to(device)

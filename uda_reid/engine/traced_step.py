@@ -30,7 +30,6 @@ class Pretraining(Strategy):
         super().__init__()
         self.networks = SourceNetwork(model, with_map=objective.cross is not None)
         self.objective = objective
-        self.heads = nn.ModuleDict()
 
     @property
     def trained(self) -> list[nn.Module]:
@@ -40,7 +39,7 @@ class Pretraining(Strategy):
     def whole_batch(self) -> list[nn.Module]:
         return [self.objective]
 
-    def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor]) -> Losses:
+    def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Losses:
         losses: Losses = self.objective(outputs[SOURCE], labels[SOURCE])
         return losses
 
@@ -92,13 +91,13 @@ def trace_step(
 
         trace.peaks.clear()
         trace.phase, operations.total = "step", 0
-        images, cameras = fake_images(images_of_step, image_settings)
+        images, cameras = fake_images(images_of_step, image_settings, strategy.views)
         labels = {level: torch.zeros(own.stop - own.start, dtype=torch.int64) for level, own in rows.items()}
         with autocast:  # all names are kept to the end, as in the loops, and what they hold with them
             outputs = networks(images, cameras, rows)
-            losses = strategy.losses(outputs, labels)
-        optimizer.step(losses, 1.0)
-        strategy.after_step(0)
+            losses = strategy.losses(outputs, labels, labels)
+        skipped = optimizer.step(losses, 1.0)
+        strategy.after_step(0, skipped)
         computed = operations.total
         hook.remove()
 
@@ -111,9 +110,9 @@ def trace_step(
     return TracedStep(images_of_step, trace.peaks["step"], trace.peaks["update"].total, features.total, computed)
 
 
-def fake_images(count: int, settings: ImageSettings) -> tuple[Tensor, Tensor]:
+def fake_images(count: int, settings: ImageSettings, views: int = 1) -> tuple[Tensor, Tensor]:
     """Returns images and camera indices, fake ones where a mode is active that makes them so."""
-    return torch.empty(count, 3, settings.height, settings.width), torch.zeros(count, dtype=torch.int64)
+    return torch.empty(count, 3 * views, settings.height, settings.width), torch.zeros(count, dtype=torch.int64)
 
 
 def _rows_of_levels(levels: tuple[str, ...], settings: PretrainSettings | AdaptSettings) -> dict[str, slice]:

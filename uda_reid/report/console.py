@@ -122,15 +122,15 @@ class Reporter:
         self.say(self._align(cells))
 
     def metrics(self, title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
-        """Prints retrieval accuracy in percent, one row per model, and the gain if there are two.
+        """Prints retrieval accuracy in percent, one row per model, and the gain of the last over the first.
 
         Args:
             rows: name -> value of each key of METRICS.
         """
         shown = {name: [f"{values[key]:.1f}" for key in METRICS] for name, values in rows.items()}
-        if len(rows) == 2:
-            first, second = rows.values()
-            shown["gain"] = [f"{second[key] - first[key]:+.1f}" for key in METRICS]
+        if len(rows) > 1:
+            first, *_, last = rows.values()
+            shown["gain"] = [f"{last[key] - first[key]:+.1f}" for key in METRICS]
         if not self.is_terminal:
             self.say(title)
             for name, cells in shown.items():

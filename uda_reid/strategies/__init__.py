@@ -6,10 +6,17 @@ from uda_reid.engine.strategy import Strategy
 from uda_reid.models.part_fusion import PartReIDModel
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import AdaptSettings
+from uda_reid.strategies.adabn import AdaBN
 from uda_reid.strategies.baseline import Baseline
+from uda_reid.strategies.direct import Direct
 from uda_reid.strategies.lf2 import LF2
 
-CLASSES: dict[str, type[Any]] = {"lf2": LF2, "baseline": Baseline}  # keys: settings.STRATEGIES
+CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
+    "lf2": LF2,
+    "baseline": Baseline,
+    "direct": Direct,
+    "adabn": AdaBN,
+}
 
 
 def make_strategy(model: ReIDModel, settings: AdaptSettings) -> Strategy:

@@ -55,7 +55,6 @@ class Baseline(Strategy):
         super().__init__()
         self.settings = settings
         self.networks = BaselineNetworks(model)
-        self.heads = nn.ModuleDict()
 
     @staticmethod
     def result_network(model: ReIDModel, settings: BaselineSettings) -> ReIDModel:
@@ -78,13 +77,17 @@ class Baseline(Strategy):
         output = self.result(images, camera_indices)
         return {GLOBAL: self.result.retrieval_feature(output), "bn_embedding": torch.cat(output.bn_embeddings, dim=1)}
 
-    def begin_epoch(self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
+    def begin_epoch(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
+    ) -> None:
         self.heads = nn.ModuleDict()
         if labels[GLOBAL].has_clusters:
             weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
             self.heads["classifiers"] = Classifiers.from_centroids(weights, self.result.output_widths)
 
-    def losses(self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor]) -> Losses:
+    def losses(
+        self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
+    ) -> Losses:
         output, targets, count = outputs[GLOBAL], labels[GLOBAL], len(outputs[GLOBAL].embeddings)
         smoothing = self.settings.label_smoothing
         return {

@@ -144,7 +144,6 @@ class LF2(Strategy):
         crosses = bool(settings.cross_instance.loss_names)
         self.networks = LF2Networks(model, settings, with_map=crosses)
         self.cross = make_cross_instance(model, settings.cross_instance)
-        self.heads = nn.ModuleDict()
         self.output_widths = model.output_widths
 
     @staticmethod
@@ -195,7 +194,9 @@ class LF2(Strategy):
             parts = networks.fusion(student.pooled_parts, teacher.feature_map)
         return whole | dict(zip(self.levels[1:], parts, strict=True))
 
-    def begin_epoch(self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels]) -> None:
+    def begin_epoch(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
+    ) -> None:
         """Makes the global classifier, whose weights are the cluster centroids, and those of the X-ReID objective."""
         self.heads = nn.ModuleDict()
         if not labels[GLOBAL].has_clusters:
@@ -206,7 +207,12 @@ class LF2(Strategy):
         weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
         self.heads["classifiers"] = Classifiers.from_centroids(weights, self.output_widths)
 
-    def losses(self, outputs: Mapping[str, GlobalOutput | PartLevelOutput], labels: Mapping[str, Tensor]) -> Losses:
+    def losses(
+        self,
+        outputs: Mapping[str, GlobalOutput | PartLevelOutput],
+        labels: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+    ) -> Losses:
         """Returns CE(global), T(global), w T(part) of each part, and the X-ReID losses.
 
         Where all levels share one batch, labels of a part may be negative: an outlier is nobody's positive.
@@ -234,7 +240,7 @@ class LF2(Strategy):
         embeddings = [output.local] if output.fused is None else [output.local, output.fused]
         return triplet_loss(embeddings, _outliers_apart(labels)) / len(embeddings)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the teacher towards the student."""
         if self.networks.ema is not None:
             self.networks.ema.follow(self.networks.student, step)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
+TIE = 1e-6  # above eps by which rounding may lift a distance that is exactly eps
 WARM_UP = 50_000  # rows at most of the call that starts a GPU and does not count
 
 
@@ -104,7 +105,7 @@ def dense_loops(features: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     del averaged, holders
     np.maximum(distances, 0, out=distances)
     jaccard_done = time.perf_counter()
-    labels = DBSCAN(eps=EPS, min_samples=MIN_SAMPLES, metric="precomputed", n_jobs=-1).fit_predict(distances)
+    labels = DBSCAN(eps=EPS + TIE, min_samples=MIN_SAMPLES, metric="precomputed", n_jobs=-1).fit_predict(distances)
     done = time.perf_counter()
     return labels, {
         "neighbours": neighbours_done - since,

@@ -19,6 +19,8 @@ from uda_reid.settings import ClusterSettings
 
 Dense = Callable[[np.ndarray, int, int], np.ndarray]
 Bank = Callable[..., np.ndarray]
+# Above eps by which a pair still counts, rounding of both sides included.
+LAST_PLACE = 2e-6
 
 
 def graph_of(features: np.ndarray, k1: int, k2: int, eps: float, **settings: int) -> SparseGraph:
@@ -40,8 +42,8 @@ def check(features: np.ndarray, expected: np.ndarray, k1: int, k2: int, eps: flo
     np.testing.assert_allclose(found[held], np.where(np.eye(n, dtype=bool), 0, expected)[held], atol=1e-5)
     # Only the last place of a distance may decide whether a pair is held.
     assert (expected[~held] > eps - 1e-6).all()
-    assert (expected[held & ~np.eye(n, dtype=bool)] < eps + 1e-6).all()
-    labels = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(expected)
+    assert (expected[held & ~np.eye(n, dtype=bool)] < eps + LAST_PLACE).all()
+    labels = DBSCAN(eps=eps + LAST_PLACE / 2, min_samples=min_samples, metric="precomputed").fit_predict(expected)
     np.testing.assert_array_equal(dbscan(graph, eps=eps, min_samples=min_samples).numpy(), labels)
     return labels.max() + 1
 

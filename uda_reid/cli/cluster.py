@@ -63,6 +63,7 @@ def cluster(
     from uda_reid.cli.start import join_processes
     from uda_reid.clustering.dbscan import OUTLIER, dbscan
     from uda_reid.clustering.stages import StageTimer, build_graph
+    from uda_reid.retrieval.jaccard import is_within
 
     values = _parse_eps(eps)
     settings = ClusterSettings(k1=k1, k2=k2, eps=max(values), min_samples=min_samples, backend=backend)
@@ -95,7 +96,7 @@ def cluster(
     found = {
         "clusters": [int(labels.max()) + 1 for labels in columns],
         "outliers": [int((labels == OUTLIER).sum()) for labels in columns],
-        "edges": [int((graph.distances <= value).sum()) // 2 for value in values],
+        "edges": [int(is_within(graph.distances, value).sum()) // 2 for value in values],
     }
     reporter.table(["eps", *found], [list(map(str, row)) for row in zip(values, *found.values(), strict=True)])
     reporter.say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timer.seconds.items()))

@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.jaccard import SparseGraph
+from uda_reid.retrieval.jaccard import SparseGraph, is_within
 
 OUTLIER = -1
 
@@ -22,7 +22,7 @@ def dbscan(graph: SparseGraph, *, eps: float, min_samples: int = 4) -> Tensor:
 
     Args:
         graph: distances between N points.
-        eps: largest distance that counts, at most `graph.eps`.
+        eps: largest distance that counts (`jaccard.is_within`), at most `graph.eps`.
         min_samples: points within eps that make a point core, itself included.
 
     Returns:
@@ -38,7 +38,7 @@ def dbscan(graph: SparseGraph, *, eps: float, min_samples: int = 4) -> Tensor:
         raise UserError(f"min_samples must be 1 or more, got {min_samples}.")
     n = len(graph.indptr) - 1
     device = graph.indptr.device
-    keep = graph.distances <= eps
+    keep = is_within(graph.distances, eps)
     rows = torch.repeat_interleave(graph.indptr.diff())[keep]
     columns = graph.indices[keep]
     core = torch.bincount(rows, minlength=n) + 1 >= min_samples

@@ -4,6 +4,9 @@ Zhong et al., CVPR 2017, equation 10 (https://arxiv.org/abs/1701.08398). Rows of
 so the sum of max(V_ik, V_jk) is 2 - m_ij:
 
     m_ij = sum over k of min(V_ik, V_jk),   d_ij = max(0, 1 - m_ij / (2 - m_ij))        (10)
+
+Many pairs lie exactly at simple fractions: two points whose expansions (11) share four of six rows are 1/2 apart,
+whatever those rows hold, and four of five 1/3. Such ties count as within eps (`is_within`).
 """
 
 from collections.abc import Iterator
@@ -18,6 +21,12 @@ from uda_reid.retrieval.neighbours import Neighbours
 from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore
 from uda_reid.retrieval.search.sparse import SumTable, expand_spans, row_blocks, row_pointers, start_offsets, transpose
 
+# Largest amount by which rounding can lift a distance. An entry of V is off by half a unit, 2^-29 with k2 up to 7
+# (`encoding`), and so is each column's share of m; m is the sum over at most E columns that hold entries of both rows,
+# and |d'(m)| = 2 / (2 - m)^2 is at most 2, so a distance is off by E 2^-28, and by 2^-25 more as a float32. Rows of up
+# to E = 248 entries stay within 2^-20, and longer ones in all likelihood, since roundings to either side cancel.
+TIE_TOLERANCE = 2.0**-20
+
 
 class SparseGraph(NamedTuple):
     """All pairs with a distance of at most eps, each in both directions, without the diagonal (its distance is zero).
@@ -25,8 +34,8 @@ class SparseGraph(NamedTuple):
     Attributes:
         indptr: [N + 1] int64, where each row starts.
         indices: [E] int64, rising within a row.
-        distances: [E] float32 in 0..eps.
-        eps: the bound up to which pairs are held.
+        distances: [E] float32 in 0..eps + TIE_TOLERANCE.
+        eps: the bound up to which pairs are held; smaller ones are applied by `is_within`.
     """
 
     indptr: Tensor
@@ -38,6 +47,22 @@ class SparseGraph(NamedTuple):
     def edges(self) -> int:
         """The number of pairs, each counted once."""
         return len(self.indices) // 2
+
+
+def is_within(distances: Tensor, eps: float) -> Tensor:
+    """Returns which distances of a graph are at most eps, or above it by no more than rounding can have lifted them.
+
+    Everything that compares a distance with eps does it here, so that a graph that was built for a larger eps gives
+    the pairs of one that was built for a smaller one.
+
+    Args:
+        distances: [E] float32 (`SparseGraph.distances`).
+        eps: largest distance that counts.
+
+    Returns:
+        [E] bool: d <= eps + TIE_TOLERANCE.
+    """
+    return distances <= eps + TIE_TOLERANCE
 
 
 def jaccard_graph(
@@ -100,7 +125,8 @@ def _near_pairs(
     max_rows = max(1, min(n, budget_bytes // (16 * n)))
     table = SumTable(max_rows, n, indptr.device)
     # d <= eps is m >= 2 (1 - eps) / (2 - eps); a little less, since d itself is compared below.
-    least = int(one * (2 * (1 - eps) / (2 - eps) - 1e-6))
+    most = eps + 2 * TIE_TOLERANCE
+    least = int(one * (2 * (1 - most) / (2 - most) - 1e-6))
     for start, stop in row_blocks(before[indptr].diff(), max(1, budget_bytes // 96), max_rows):
         entries = slice(int(indptr[start]), int(indptr[stop]))
         spans, met = expand_spans(below[entries], meetings[entries])
@@ -109,10 +135,10 @@ def _near_pairs(
         smaller = torch.minimum(weights[entries].index_select(0, spans), by_column.weights.index_select(0, met))
         near, sums = table.sum_cells(cells, smaller, least)
         m = sums.to(torch.float64) / one
-        distance = (1 - m / (2 - m)).clamp_min(0)
-        keep = distance <= eps
+        distance = (1 - m / (2 - m)).clamp_min(0).to(torch.float32)
+        keep = is_within(distance, eps)
         near = near[keep]
-        yield near // n + start, near % n, distance[keep].to(torch.float32)
+        yield near // n + start, near % n, distance[keep]
         on_progress(stop / n)
 
 

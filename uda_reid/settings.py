@@ -4,7 +4,7 @@ Nothing here imports torch, so the command line can list and check recipes at on
 own settings object; only `recipe`, `build` and `cli` see a whole `Recipe`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -318,6 +318,7 @@ class ClusterSettings:
         min_samples: points within eps that make a point core, itself included.
         clusters: number of clusters of k-means.
         backend: of the neighbor search.
+        center_cameras: subtract each camera's mean feature before the distance is taken.
     """
 
     method: str = "dbscan"
@@ -327,6 +328,7 @@ class ClusterSettings:
     min_samples: int = 4
     clusters: int = 700
     backend: str = "auto"
+    center_cameras: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("cluster.method", self.method, CLUSTER_METHODS)
@@ -336,6 +338,15 @@ class ClusterSettings:
         if not 0 < self.eps < 1:
             raise UserError(f"cluster.eps must be above 0 and below 1, got {self.eps}.")
         _check_least("cluster", 1, min_samples=self.min_samples, clusters=self.clusters)
+
+    @property
+    def uses_cameras(self) -> bool:
+        """Whether the cameras of the images must be known."""
+        return self.center_cameras
+
+    def without_cameras(self) -> "ClusterSettings":
+        """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
+        return replace(self, center_cameras=False)
 
 
 @dataclass(frozen=True)

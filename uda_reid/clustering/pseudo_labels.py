@@ -8,7 +8,7 @@ from torch import Tensor
 
 from uda_reid.clustering.dbscan import OUTLIER, dbscan
 from uda_reid.clustering.kmeans import kmeans
-from uda_reid.clustering.stages import StageTimer, build_graph
+from uda_reid.clustering.stages import StageTimer, build_graph, comparable_rows
 from uda_reid.distributed import all_gather, broadcast, is_main, shard_sizes, world_size
 from uda_reid.errors import UserError
 from uda_reid.retrieval.normalize import normalize_shard
@@ -45,12 +45,16 @@ class PseudoLabels:
         return self.clusters >= 2
 
 
-def pseudo_labels(features: Tensor, settings: ClusterSettings, *, seed: int) -> PseudoLabels:
+def pseudo_labels(
+    features: Tensor, settings: ClusterSettings, *, cameras: Tensor | None = None, seed: int
+) -> PseudoLabels:
     """Returns the clusters of N features, the same on every process. Collective.
 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
             for a single process, on the device to work on.
+        cameras: [N] int64 on the CPU, cameras of all N images, numbered from 0; None where they are unknown, for
+            settings that do not use them (`ClusterSettings.without_cameras`).
         seed: of k-means; DBSCAN has none.
 
     Returns:
@@ -60,11 +64,12 @@ def pseudo_labels(features: Tensor, settings: ClusterSettings, *, seed: int) -> 
         UserError: features are refused by `normalize`, the backend is not available, or k-means has fewer points than
             clusters.
     """
+    assert cameras is not None or not settings.uses_cameras, "settings that use cameras need them"
     timer = StageTimer(features.device)
     if settings.method == "kmeans":
-        labels, edges = _kmeans_of_shards(normalize_shard(features), settings.clusters, seed), 0
+        labels, edges = _kmeans_of_shards(comparable_rows(features, settings, cameras), settings.clusters, seed), 0
     else:
-        graph = build_graph(features, settings, timer)
+        graph = build_graph(features, settings, timer, cameras=cameras)
         labels, edges = dbscan(graph, eps=settings.eps, min_samples=settings.min_samples), graph.edges
     broadcast([labels])  # sums on a GPU or over several threads are not the same twice
     labels = labels.cpu()

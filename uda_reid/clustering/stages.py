@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from uda_reid.clustering.cameras import center_cameras
 from uda_reid.distributed import world_size
 from uda_reid.errors import UserError
 from uda_reid.retrieval.encoding import PairSimilarities
@@ -43,11 +44,24 @@ class StageTimer:
         self.start = now
 
 
+def comparable_rows(features: Tensor, settings: ClusterSettings, cameras: Tensor | None) -> Tensor:
+    """Returns the features as they are compared: L2-normalized, and centered by camera if it is set. Collective.
+
+    Arguments are those of `build_graph`.
+    """
+    rows = normalize_shard(features)
+    if not settings.center_cameras:
+        return rows
+    assert cameras is not None, "centering needs the cameras; see ClusterSettings.without_cameras"
+    return center_cameras(rows, cameras)
+
+
 def build_graph(
     features: Tensor,
     settings: ClusterSettings,
     timer: StageTimer,
     *,
+    cameras: Tensor | None = None,
     on_stage: OnStage = lambda stage, done: None,
     on_recall: Callable[[float], None] = ignore,
 ) -> SparseGraph:
@@ -59,6 +73,7 @@ def build_graph(
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N, all of them
             for a single process, on the device to work on.
         timer: gets the seconds of the stages "neighbours" and "jaccard".
+        cameras: [N] int64, cameras of all N points, numbered from 0; needed if `settings.uses_cameras`.
         on_stage: receives the progress of each stage.
         on_recall: receives the recall of an inexact backend.
 
@@ -67,7 +82,7 @@ def build_graph(
     """
     if world_size() > 1 and settings.backend not in ("auto", "torch"):
         raise UserError(f"backend must be 'torch' or 'auto' with several processes, got '{settings.backend}'.")
-    rows = normalize_shard(features)
+    rows = comparable_rows(features, settings, cameras)
     on_neighbours, on_jaccard = (partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
     if world_size() == 1:
         similarities_of: PairSimilarities = partial(pair_similarities, rows, rows)

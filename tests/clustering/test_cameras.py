@@ -1,0 +1,134 @@
+"""Camera-centered features against plain loops, on the edges, and over several processes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.processes import run_in_processes
+from tests.simulated_cuda import without_gpu
+from uda_reid.clustering.cameras import center_cameras
+from uda_reid.clustering.pseudo_labels import pseudo_labels
+from uda_reid.distributed import rank, shard
+from uda_reid.retrieval.normalize import normalize
+from uda_reid.settings import ClusterSettings
+
+CENTERED = ClusterSettings(k1=10, k2=4, center_cameras=True)
+
+
+def scene(people: int = 12, cameras: int = 3, images: int = 4, shift: float = 2.0, seed: int = 0) -> dict[str, Tensor]:
+    """Features of people seen by every camera, each of which adds a vector of its own to all that it sees."""
+    generator = torch.Generator().manual_seed(seed)
+    owner = torch.arange(people).repeat_interleave(cameras * images)
+    camera = torch.arange(cameras).repeat_interleave(images).repeat(people)
+    order = torch.randperm(len(owner), generator=generator)
+    owner, camera = owner[order], camera[order]
+    features = torch.randn(people, 16, generator=generator)[owner]
+    features += shift * torch.randn(cameras, 16, generator=generator)[camera]
+    features += 0.2 * torch.randn(len(owner), 16, generator=generator)
+    return {"features": features, "cameras": camera, "people": owner}
+
+
+def looped_center(rows: np.ndarray, cameras: list[int]) -> np.ndarray:
+    """Row by row in float64."""
+    centered = rows.astype(np.float64)
+    for i, camera in enumerate(cameras):
+        members = [rows[j].astype(np.float64) for j in range(len(rows)) if cameras[j] == camera]
+        remainder = rows[i] - sum(members) / len(members)
+        if np.linalg.norm(remainder) > 1e-6:
+            centered[i] = remainder / np.linalg.norm(remainder)
+    return centered
+
+
+@pytest.mark.parametrize("cameras", [[0, 1, 2], [0], [4, 1], list(range(40))])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_the_loop(cameras: list[int], seed: int) -> None:
+    rows = normalize(torch.randn(40, 7, generator=torch.Generator().manual_seed(seed)))
+    camera = torch.tensor([cameras[i * 7 % 5 % len(cameras)] if len(cameras) < 40 else i for i in range(40)])
+    found = center_cameras(rows, camera)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), looped_center(rows.numpy(), camera.tolist()), atol=1e-6)
+    np.testing.assert_allclose(found.norm(dim=1).numpy(), 1, atol=1e-6)
+
+
+def test_the_only_image_of_a_camera_is_kept() -> None:
+    rows = normalize(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)))
+    cameras = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2])
+    found = center_cameras(rows, cameras)
+    assert torch.equal(found[3], rows[3])
+    assert not torch.isclose(found[cameras != 1], rows[cameras != 1]).all(dim=1).any()
+    assert torch.equal(center_cameras(rows[:1], cameras[:1]), rows[:1])
+
+
+def test_rows_that_are_the_mean_of_their_camera_are_kept() -> None:
+    rows = normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(1))).repeat(7, 1)
+    assert torch.equal(center_cameras(rows, torch.zeros(7, dtype=torch.int64)), rows)
+    # Beside another camera, whose rows are centered as ever.
+    others = normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(2)))
+    found = center_cameras(torch.cat([rows, others]), torch.tensor([0] * 7 + [1] * 5))
+    assert torch.equal(found[:7], rows)
+    assert torch.equal(found[7:], center_cameras(others, torch.zeros(5, dtype=torch.int64)))
+
+
+def test_the_order_of_rows_changes_no_bit() -> None:
+    given = scene()
+    rows = normalize(given["features"])
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(5))
+    found = center_cameras(rows, given["cameras"])
+    assert torch.equal(center_cameras(rows[order], given["cameras"][order]), found[order])
+
+
+@pytest.mark.parametrize("method", ["dbscan", "kmeans"])
+def test_people_are_found_across_cameras(method: str) -> None:
+    given = scene()
+    settings = replace(CENTERED, method=method, clusters=12)
+    centered = pseudo_labels(given["features"], settings, cameras=given["cameras"], seed=0)
+    plain = pseudo_labels(given["features"], replace(settings, center_cameras=False), seed=0)
+    same = given["people"][:, None] == given["people"]
+
+    def right(labels: Tensor) -> float:
+        together = (labels[:, None] == labels) & (labels >= 0)
+        return float((together == same).float().mean())
+
+    assert right(centered.labels) > 0.97
+    assert right(plain.labels) < 0.95
+
+
+def test_settings_without_cameras() -> None:
+    assert CENTERED.uses_cameras
+    assert not CENTERED.without_cameras().uses_cameras
+    assert CENTERED.without_cameras() == ClusterSettings(k1=10, k2=4)
+    with pytest.raises(AssertionError, match="need them"):
+        pseudo_labels(scene()["features"], CENTERED, seed=0)
+
+
+def sharded(given: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    """What one of several processes finds, each on its own rows."""
+    features = given["features"][shard(len(given["features"]))]
+    features = features.to(torch.device(device, rank()) if device == "cuda" else device)
+    return {
+        "rows": center_cameras(normalize(features), given["cameras"]).cpu(),
+        "labels": pseudo_labels(features, CENTERED, cameras=given["cameras"], seed=0).labels,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "device"), [(2, "cpu"), (3, "cpu"), pytest.param(2, "cuda", marks=without_gpu)])
+def test_several_processes_equal_one(processes: int, device: str) -> None:
+    given = scene()
+    expected = center_cameras(normalize(given["features"]), given["cameras"])
+    labels = pseudo_labels(given["features"], CENTERED, cameras=given["cameras"], seed=0).labels
+    found = run_in_processes(sharded, processes, given, device, gpus=device == "cuda")
+    assert torch.equal(torch.cat([part["rows"] for part in found]), expected)
+    for part in found:
+        assert torch.equal(part["labels"], labels)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(gpu: torch.device) -> None:
+    given = scene()
+    rows = normalize(given["features"])
+    found = center_cameras(rows.to(gpu), given["cameras"]).cpu()
+    torch.testing.assert_close(found, center_cameras(rows, given["cameras"]), rtol=0, atol=1e-7)

@@ -68,6 +68,32 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
         assert summary["clusters"][column] == found.clusters
 
 
+def test_cameras_of_an_archive_are_used(tmp_path: Path) -> None:
+    rows, cameras = people(), np.array([7, 3, 12])[np.arange(108) % 3]
+    np.savez(tmp_path / "features.npz", features=rows, camera_ids=cameras)
+    result = call(tmp_path / "features.npz", tmp_path / "labels.npy", "--k1", "12", "--center-cameras")
+    assert result.exit_code == 0
+    assert "switched off" not in result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary["settings"]["center_cameras"]
+    expected = pseudo_labels(
+        torch.from_numpy(rows),
+        ClusterSettings(k1=12, center_cameras=True),
+        cameras=torch.tensor([1, 0, 2])[torch.arange(108) % 3],
+        seed=0,
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), expected.labels.numpy())
+
+
+def test_options_for_cameras_are_switched_off_where_none_are_known(features: Path, tmp_path: Path) -> None:
+    result = call(features, tmp_path / "labels.npy", "--k1", "12", "--center-cameras")
+    assert result.exit_code == 0
+    assert "The options for cameras are switched off" in " ".join(result.stderr.split())
+    assert not json.loads(result.stdout.splitlines()[-1])["settings"]["center_cameras"]
+    assert call(features, tmp_path / "plain.npy", "--k1", "12").exit_code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), np.load(tmp_path / "plain.npy"))
+
+
 def test_name_of_the_labels_is_kept(features: Path, tmp_path: Path) -> None:
     assert call(features, tmp_path / "labels").exit_code == 0
     assert np.load(tmp_path / "labels").shape == (108,)
@@ -105,8 +131,13 @@ def test_refuses_other_files(tmp_path: Path) -> None:
     assert "but there is none" in sentence
     (tmp_path / "text.npy").write_text("no numbers")
     assert "cannot be read as one" in refused(call(tmp_path / "text.npy", tmp_path / "labels.npy"))
-    np.savez(tmp_path / "many.npz", features=people())
-    assert "is an archive of several" in refused(call(tmp_path / "many.npz", tmp_path / "labels.npy"))
+    np.savez(tmp_path / "many.npz", rows=people(), camera_ids=np.zeros(108, dtype=np.int64))
+    sentence = refused(call(tmp_path / "many.npz", tmp_path / "labels.npy"))
+    assert "must hold the array features" in sentence
+    assert "but it holds rows, camera_ids" in sentence
+    np.savez(tmp_path / "short.npz", features=people(), camera_ids=np.zeros(107, dtype=np.int64))
+    sentence = refused(call(tmp_path / "short.npz", tmp_path / "labels.npy"))
+    assert "camera_ids must be integers [108], one for each row of features, got int64 [107]" in sentence
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     show_default=True,
     help="Points within eps that make a point core.",
 )
+@click.option("--center-cameras", is_flag=True, help="Subtract each camera's mean feature first.")
 @device_option
 @click.option(
     "--backend",
@@ -46,11 +47,14 @@ def cluster(
     k2: int,
     eps: str,
     min_samples: int,
+    center_cameras: bool,
     device: str,
     backend: str,
     json_path: Path | None,
 ) -> None:
     """Cluster FEATURES (.npy, float32 [N, D]) by DBSCAN on the k-reciprocal Jaccard distance.
+
+    FEATURES may also be a .npz file with features and camera_ids (integers [N]), which the options for cameras need.
 
     Writes int64 labels [N], -1 for outliers; with several values of eps [N, values], from one graph. Under torchrun the
     processes share the features.
@@ -66,14 +70,25 @@ def cluster(
     from uda_reid.retrieval.jaccard import is_within
 
     values = _parse_eps(eps)
-    settings = ClusterSettings(k1=k1, k2=k2, eps=max(values), min_samples=min_samples, backend=backend)
-    rows = load_features(features)
+    settings = ClusterSettings(
+        k1=k1,
+        k2=k2,
+        eps=max(values),
+        min_samples=min_samples,
+        backend=backend,
+        center_cameras=center_cameras,
+    )
+    rows, camera_ids = load_features(features)
+    cameras = None if camera_ids is None else camera_ids.unique(return_inverse=True)[1]
     for path in filter(None, (out, json_path)):
         check_output(path)
     own_device, reporter = join_processes(device, stderr=True)
     processes = distributed.world_size()
     if len(rows) < processes:
         raise UserError(f"{processes} processes need at least as many features, got {len(rows)}; start fewer.")
+    if settings.uses_cameras and cameras is None:
+        reporter.warn(f"The options for cameras are switched off, because {features} holds no camera_ids.")
+        settings = settings.without_cameras()
 
     timer = StageTimer(own_device)
     recall = [1.0]
@@ -82,7 +97,7 @@ def cluster(
         bank = torch.from_numpy(np.array(rows[distributed.shard(len(rows))])).to(own_device)
         timer.stop("read")
         on_stage("read", 1)
-        graph = build_graph(bank, settings, timer, on_stage=on_stage, on_recall=recall.append)
+        graph = build_graph(bank, settings, timer, cameras=cameras, on_stage=on_stage, on_recall=recall.append)
         columns = []
         for number, value in enumerate(values, start=1):
             columns.append(dbscan(graph, eps=value, min_samples=min_samples).cpu())
@@ -112,6 +127,7 @@ def cluster(
             "eps": values if len(values) > 1 else values[0],
             "min_samples": min_samples,
             "backend": backend,
+            "center_cameras": settings.center_cameras,
         },
         "recall": recall[-1],
         "device": str(own_device),

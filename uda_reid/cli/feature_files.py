@@ -15,28 +15,36 @@ from uda_reid.errors import UserError
 ARRAYS = ("features", "person_ids", "camera_ids")
 
 
-def load_features(path: Path) -> np.ndarray:
-    """Maps a .npy file into memory.
+def load_features(path: Path) -> tuple[np.ndarray, Tensor | None]:
+    """Maps a .npy file into memory, or reads the arrays "features" and, if there is one, "camera_ids" of a .npz file.
 
     Returns:
-        [N, D] float32, read only.
+        Features [N, D] float32, read only if mapped, and camera ids [N] int64, None if the file holds none.
 
     Raises:
-        UserError: the file is missing, is not a .npy file of numbers, or holds another shape or dtype.
+        UserError: the file is missing, cannot be read, or holds another shape or dtype.
     """
     if not path.is_file():
         raise UserError(f"{path} must be a file of features (.npy, float32 [N, D]), but there is none.")
+    camera_ids = None
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        if isinstance(rows, np.lib.npyio.NpzFile):
+            with rows as archive:
+                if "features" not in archive.files:
+                    raise UserError(
+                        f"{path} must hold the array features, and camera_ids if the cameras are known, but it holds "
+                        f"{', '.join(archive.files) or 'nothing'}."
+                    )
+                rows = archive["features"]
+                camera_ids = archive["camera_ids"] if "camera_ids" in archive.files else None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} must be a .npy file of float32 [N, D], but it cannot be read as one ({error}); save it with "
             "numpy.save."
         ) from error
-    if not isinstance(rows, np.ndarray):
-        raise UserError(f"{path} must be a .npy file of one array, but it is an archive of several; save one array.")
     _check_features(str(path), rows)
-    return rows
+    return rows, None if camera_ids is None else _checked_ids("camera_ids", camera_ids, len(rows))
 
 
 def load_labelled(path: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,14 +69,20 @@ def load_labelled(path: Path, name: str) -> tuple[Tensor, Tensor, Tensor]:
             f"{path} must be a .npz file of numbers, but it cannot be read as one ({error}); save it with numpy.savez."
         ) from error
     _check_features(keys[0], features)
-    for key, values in zip(keys[1:], (person_ids, camera_ids), strict=True):
-        if values.shape != features.shape[:1] or values.dtype.kind not in "iu":
-            raise UserError(
-                f"{key} must be integers [{len(features)}], one for each row of {keys[0]}, got {values.dtype} "
-                f"{list(values.shape)}."
-            )
-    person, camera = (torch.from_numpy(ids.astype(np.int64)) for ids in (person_ids, camera_ids))
+    person, camera = (
+        _checked_ids(key, values, len(features), of=keys[0])
+        for key, values in zip(keys[1:], (person_ids, camera_ids), strict=True)
+    )
     return torch.from_numpy(features), person, camera
+
+
+def _checked_ids(name: str, values: np.ndarray, rows: int, *, of: str = "features") -> Tensor:
+    """Returns ids [N] as int64; raises UserError unless they are integers, one for each row."""
+    if values.shape != (rows,) or values.dtype.kind not in "iu":
+        raise UserError(
+            f"{name} must be integers [{rows}], one for each row of {of}, got {values.dtype} {list(values.shape)}."
+        )
+    return torch.from_numpy(values.astype(np.int64))
 
 
 def _check_features(name: str, rows: np.ndarray) -> None:

@@ -319,6 +319,9 @@ class ClusterSettings:
         clusters: number of clusters of k-means.
         backend: of the neighbor search.
         center_cameras: subtract each camera's mean feature before the distance is taken.
+        camera_jaccard: the camera-aware Jaccard distance (CA-Jaccard), which replaces k1 and k2 by the next four.
+        k1_intra, k1_inter: neighbors within an image's own camera, itself not counted, and among all other cameras.
+        k2_intra, k2_inter: rows averaged of either kind, the image itself counted in the first.
     """
 
     method: str = "dbscan"
@@ -329,6 +332,11 @@ class ClusterSettings:
     clusters: int = 700
     backend: str = "auto"
     center_cameras: bool = False
+    camera_jaccard: bool = False
+    k1_intra: int = 5
+    k1_inter: int = 20
+    k2_intra: int = 2
+    k2_inter: int = 4
 
     def __post_init__(self) -> None:
         _check_choice("cluster.method", self.method, CLUSTER_METHODS)
@@ -338,15 +346,28 @@ class ClusterSettings:
         if not 0 < self.eps < 1:
             raise UserError(f"cluster.eps must be above 0 and below 1, got {self.eps}.")
         _check_least("cluster", 1, min_samples=self.min_samples, clusters=self.clusters)
+        if self.camera_jaccard:
+            self._check_camera_jaccard()
+
+    def _check_camera_jaccard(self) -> None:
+        if self.backend not in ("auto", "torch"):
+            raise UserError(f"cluster.backend must be auto or torch with cluster.camera_jaccard, got '{self.backend}'.")
+        _check_least("cluster", 1, k1_intra=self.k1_intra, k1_inter=self.k1_inter, k2_intra=self.k2_intra)
+        _check_least("cluster", 0, k2_inter=self.k2_inter)
+        if self.k2_intra > self.k1_intra + 1 or self.k2_inter > self.k1_inter:
+            raise UserError(
+                "cluster.k2_intra must be at most cluster.k1_intra + 1 and cluster.k2_inter at most cluster.k1_inter, "
+                f"got {self.k2_intra} for {self.k1_intra} and {self.k2_inter} for {self.k1_inter}."
+            )
 
     @property
     def uses_cameras(self) -> bool:
         """Whether the cameras of the images must be known."""
-        return self.center_cameras
+        return self.center_cameras or (self.camera_jaccard and self.method == "dbscan")
 
     def without_cameras(self) -> "ClusterSettings":
         """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
-        return replace(self, center_cameras=False)
+        return replace(self, center_cameras=False, camera_jaccard=False)
 
 
 @dataclass(frozen=True)

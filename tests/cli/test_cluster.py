@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,17 +69,27 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
         assert summary["clusters"][column] == found.clusters
 
 
-def test_cameras_of_an_archive_are_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["--center-cameras"], {"center_cameras": True}),
+        (
+            ["--camera-jaccard", "--k1-intra", "4", "--k1-inter", "9", "--k2-intra", "3", "--k2-inter", "2"],
+            {"camera_jaccard": True, "k1_intra": 4, "k1_inter": 9, "k2_intra": 3, "k2_inter": 2},
+        ),
+    ],
+)
+def test_cameras_of_an_archive_are_used(options: list[str], settings: dict[str, Any], tmp_path: Path) -> None:
     rows, cameras = people(), np.array([7, 3, 12])[np.arange(108) % 3]
     np.savez(tmp_path / "features.npz", features=rows, camera_ids=cameras)
-    result = call(tmp_path / "features.npz", tmp_path / "labels.npy", "--k1", "12", "--center-cameras")
+    result = call(tmp_path / "features.npz", tmp_path / "labels.npy", "--k1", "12", *options)
     assert result.exit_code == 0
     assert "switched off" not in result.stderr
     summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["settings"]["center_cameras"]
+    assert settings.items() <= summary["settings"].items()
     expected = pseudo_labels(
         torch.from_numpy(rows),
-        ClusterSettings(k1=12, center_cameras=True),
+        ClusterSettings(k1=12, **settings),
         cameras=torch.tensor([1, 0, 2])[torch.arange(108) % 3],
         seed=0,
     )
@@ -86,10 +97,12 @@ def test_cameras_of_an_archive_are_used(tmp_path: Path) -> None:
 
 
 def test_options_for_cameras_are_switched_off_where_none_are_known(features: Path, tmp_path: Path) -> None:
-    result = call(features, tmp_path / "labels.npy", "--k1", "12", "--center-cameras")
+    result = call(features, tmp_path / "labels.npy", "--k1", "12", "--center-cameras", "--camera-jaccard")
     assert result.exit_code == 0
     assert "The options for cameras are switched off" in " ".join(result.stderr.split())
-    assert not json.loads(result.stdout.splitlines()[-1])["settings"]["center_cameras"]
+    used = json.loads(result.stdout.splitlines()[-1])["settings"]
+    assert not used["center_cameras"]
+    assert not used["camera_jaccard"]
     assert call(features, tmp_path / "plain.npy", "--k1", "12").exit_code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), np.load(tmp_path / "plain.npy"))
 

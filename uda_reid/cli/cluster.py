@@ -31,6 +31,17 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     help="Points within eps that make a point core.",
 )
 @click.option("--center-cameras", is_flag=True, help="Subtract each camera's mean feature first.")
+@click.option("--camera-jaccard", is_flag=True, help="Take the camera-aware Jaccard distance (CA-Jaccard).")
+@click.option("--k1-intra", default=ClusterSettings.k1_intra, show_default=True, help="Its neighbors within a camera.")
+@click.option(
+    "--k1-inter", default=ClusterSettings.k1_inter, show_default=True, help="Its neighbors among other cameras."
+)
+@click.option(
+    "--k2-intra", default=ClusterSettings.k2_intra, show_default=True, help="Its rows averaged within a camera."
+)
+@click.option(
+    "--k2-inter", default=ClusterSettings.k2_inter, show_default=True, help="Its rows averaged of other cameras."
+)
 @device_option
 @click.option(
     "--backend",
@@ -48,6 +59,11 @@ def cluster(
     eps: str,
     min_samples: int,
     center_cameras: bool,
+    camera_jaccard: bool,
+    k1_intra: int,
+    k1_inter: int,
+    k2_intra: int,
+    k2_inter: int,
     device: str,
     backend: str,
     json_path: Path | None,
@@ -77,6 +93,11 @@ def cluster(
         min_samples=min_samples,
         backend=backend,
         center_cameras=center_cameras,
+        camera_jaccard=camera_jaccard,
+        k1_intra=k1_intra,
+        k1_inter=k1_inter,
+        k2_intra=k2_intra,
+        k2_inter=k2_inter,
     )
     rows, camera_ids = load_features(features)
     cameras = None if camera_ids is None else camera_ids.unique(return_inverse=True)[1]
@@ -128,6 +149,11 @@ def cluster(
             "min_samples": min_samples,
             "backend": backend,
             "center_cameras": settings.center_cameras,
+            "camera_jaccard": settings.camera_jaccard,
+            "k1_intra": k1_intra,
+            "k1_inter": k1_inter,
+            "k2_intra": k2_intra,
+            "k2_inter": k2_inter,
         },
         "recall": recall[-1],
         "device": str(own_device),

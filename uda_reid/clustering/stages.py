@@ -11,8 +11,8 @@ from uda_reid.clustering.cameras import center_cameras
 from uda_reid.distributed import world_size
 from uda_reid.errors import UserError
 from uda_reid.retrieval.encoding import PairSimilarities
-from uda_reid.retrieval.jaccard import SparseGraph, jaccard_graph
-from uda_reid.retrieval.neighbours import Neighbours, nearest_neighbours
+from uda_reid.retrieval.jaccard import SparseGraph, camera_jaccard_graph, jaccard_graph
+from uda_reid.retrieval.neighbours import CameraNeighbours, Neighbours, nearest_neighbours
 from uda_reid.retrieval.normalize import normalize_shard
 from uda_reid.retrieval.search.blockwise import ignore
 from uda_reid.retrieval.search.ring import ShardedBank
@@ -83,6 +83,9 @@ def build_graph(
     if world_size() > 1 and settings.backend not in ("auto", "torch"):
         raise UserError(f"backend must be 'torch' or 'auto' with several processes, got '{settings.backend}'.")
     rows = comparable_rows(features, settings, cameras)
+    if settings.camera_jaccard:
+        assert cameras is not None, "CA-Jaccard needs the cameras; see ClusterSettings.without_cameras"
+        return _camera_graph(rows, cameras, settings, timer, on_stage)
     on_neighbours, on_jaccard = (partial(on_stage, stage) for stage in ("neighbours", "jaccard"))
     if world_size() == 1:
         similarities_of: PairSimilarities = partial(pair_similarities, rows, rows)
@@ -96,6 +99,28 @@ def build_graph(
     timer.stop("neighbours")
     graph = jaccard_graph(
         similarities_of, neighbours, k1=settings.k1, k2=settings.k2, eps=settings.eps, on_progress=on_jaccard
+    )
+    timer.stop("jaccard")
+    return graph
+
+
+def _camera_graph(
+    rows: Tensor, cameras: Tensor, settings: ClusterSettings, timer: StageTimer, on_stage: OnStage
+) -> SparseGraph:
+    """Returns what `build_graph` returns, by the camera-aware distance, for rows as they are compared."""
+    intra, inter = ShardedBank(rows).search_by_camera(
+        cameras.to(rows.device),
+        settings.k1_intra + 1,
+        settings.k1_inter,
+        on_progress=partial(on_stage, "neighbours"),
+    )
+    timer.stop("neighbours")
+    graph = camera_jaccard_graph(
+        CameraNeighbours(Neighbours(*intra), Neighbours(*inter)),
+        k2_intra=settings.k2_intra,
+        k2_inter=settings.k2_inter,
+        eps=settings.eps,
+        on_progress=partial(on_stage, "jaccard"),
     )
     timer.stop("jaccard")
     return graph

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from uda_reid.errors import UserError
-from uda_reid.retrieval.encoding import Encoding, PairSimilarities, encode
-from uda_reid.retrieval.neighbours import Neighbours
+from uda_reid.retrieval.encoding import Encoding, PairSimilarities, encode, encode_by_camera
+from uda_reid.retrieval.neighbours import CameraNeighbours, Neighbours
 from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore
 from uda_reid.retrieval.search.sparse import SumTable, expand_spans, row_blocks, row_pointers, start_offsets, transpose
 
@@ -92,16 +92,59 @@ def jaccard_graph(
     """
     if not 1 <= k2 <= k1:
         raise UserError(f"k2 must be between 1 and k1, got k1 = {k1} and k2 = {k2}.")
-    if not 0 < eps < 1:
-        raise UserError(f"eps must be above 0 and below 1, got {eps}.")
+    _check_eps(eps)
     n, columns = neighbours.indices.shape
     if columns < min(k1, n):
         raise UserError(f"neighbours must have at least {min(k1, n)} columns for k1 = {k1}, got {columns}.")
     lists = Neighbours(*(part[:, :k1] for part in neighbours))
     budget = default_budget(lists.indices.device) if budget_bytes is None else budget_bytes
-    order = _locality_order(lists.indices)
-    encoding = encode(*_renumbered(similarities_of, lists, order), k1=k1, k2=k2, budget_bytes=budget)
+    order = _locality_order(lists.indices[:, :8])
+    similarities_of = _renumbered_similarities(similarities_of, order)
+    encoding = encode(similarities_of, _renumbered(lists, order), k1=k1, k2=k2, budget_bytes=budget)
+    return _graph_of(encoding, order, eps, budget, on_progress)
 
+
+def camera_jaccard_graph(
+    neighbours: CameraNeighbours,
+    *,
+    k2_intra: int = 2,
+    k2_inter: int = 4,
+    eps: float = 0.6,
+    budget_bytes: int | None = None,
+    on_progress: OnProgress = ignore,
+) -> SparseGraph:
+    """Returns every pair at most eps apart by the camera-aware distance, on the device of `neighbours`.
+
+    The distance (10) of `encoding.encode_by_camera`, where the paper is named and what differs from it.
+
+    Args:
+        neighbours: of all N points, k1_intra + 1 and k1_inter columns.
+        k2_intra, k2_inter: rows averaged of the own camera (the point itself counted, 1 or more) and of others.
+        eps, budget_bytes, on_progress: see `jaccard_graph`.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    if k2_intra < 1 or k2_inter < 0:
+        raise UserError(f"k2_intra must be 1 or more and k2_inter 0 or more, got {k2_intra} and {k2_inter}.")
+    _check_eps(eps)
+    intra, inter = neighbours
+    budget = default_budget(intra.indices.device) if budget_bytes is None else budget_bytes
+    nearest = torch.cat([intra.indices[:, :4], inter.indices[:, :4]], dim=1)
+    order = _locality_order(torch.where(nearest >= 0, nearest, intra.indices[:, :1]))
+    renumbered = CameraNeighbours(_renumbered(intra, order), _renumbered(inter, order))
+    encoding = encode_by_camera(renumbered, k2_intra=k2_intra, k2_inter=k2_inter, budget_bytes=budget)
+    return _graph_of(encoding, order, eps, budget, on_progress)
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 < eps < 1:
+        raise UserError(f"eps must be above 0 and below 1, got {eps}.")
+
+
+def _graph_of(encoding: Encoding, order: Tensor, eps: float, budget: int, on_progress: OnProgress) -> SparseGraph:
+    """Returns the graph of an encoding whose points are numbered by their position in `order`."""
+    n = len(order)
     i, j, distances = (torch.cat(parts) for parts in zip(*_near_pairs(encoding, eps, budget, on_progress), strict=True))
     i, j = order[i], order[j]
     pairs, by_pair = torch.cat([i * n + j, j * n + i]).sort()
@@ -142,30 +185,36 @@ def _near_pairs(
         on_progress(stop / n)
 
 
-def _locality_order(indices: Tensor) -> Tensor:
+def _locality_order(nearest: Tensor) -> Tensor:
     """Returns an order of the points, [N] int64, in which neighbors come together.
 
     Neighbors with near numbers are what caches need; a bank in the order of its identities has them, a shuffled one has
     not. Points are sorted by the smallest number within three steps.
+
+    Args:
+        nearest: [N, any number] int64, some near neighbors of each point.
     """
-    nearest = indices[:, :8]
     smallest = nearest.amin(dim=1)
     for _ in range(2):
         smallest = smallest[nearest].amin(dim=1)
     return smallest.argsort(stable=True)
 
 
-def _renumbered(
-    similarities_of: PairSimilarities, neighbours: Neighbours, order: Tensor
-) -> tuple[PairSimilarities, Neighbours]:
-    """Returns both for points that are numbered by their position in `order`."""
+def _renumbered(neighbours: Neighbours, order: Tensor) -> Neighbours:
+    """Returns the lists of points that are numbered by their position in `order`; -1 is kept."""
     position = torch.empty_like(order)
     position[order] = torch.arange(len(order), device=order.device)
+    indices = neighbours.indices[order]
+    return Neighbours(torch.where(indices >= 0, position[indices], -1), neighbours.similarities[order])
 
-    def renumbered_similarities(rows: Tensor, columns: Tensor) -> Tensor:
+
+def _renumbered_similarities(similarities_of: PairSimilarities, order: Tensor) -> PairSimilarities:
+    """Returns the cosines of pairs of points that are numbered by their position in `order`."""
+
+    def renumbered(rows: Tensor, columns: Tensor) -> Tensor:
         rows, by_row = order[rows].sort(stable=True)
         found = torch.empty_like(rows)
         found[by_row] = similarities_of(rows, order[columns[by_row]])
         return found
 
-    return renumbered_similarities, Neighbours(position[neighbours.indices[order]], neighbours.similarities[order])
+    return renumbered

@@ -30,6 +30,18 @@ class Neighbours(NamedTuple):
     similarities: Tensor
 
 
+class CameraNeighbours(NamedTuple):
+    """The nearest neighbors of N points apart by camera; -1 at the end of rows for which the cameras have fewer.
+
+    Attributes:
+        intra: [N, k] among the images of the point's own camera, the point itself first.
+        inter: [N, k] among those of all other cameras.
+    """
+
+    intra: Neighbours
+    inter: Neighbours
+
+
 @float32_matmul()
 def nearest_neighbours(
     rows: Tensor,

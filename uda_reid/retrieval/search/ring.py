@@ -12,6 +12,7 @@ from torch import Tensor
 
 from uda_reid.distributed import all_gather, rank, world_size
 from uda_reid.retrieval.search.blockwise import OnProgress, default_budget, ignore, search_rows
+from uda_reid.retrieval.search.by_camera import search_by_camera
 from uda_reid.retrieval.search.float32_matmul import float32_matmul
 from uda_reid.retrieval.search.similarity import RankingKeys, pair_similarities
 
@@ -63,6 +64,52 @@ class ShardedBank:
             on_progress((visit + 1) / world_size())
         return keys.decode(all_gather(best, self.counts))
 
+    @float32_matmul()
+    def search_by_camera(
+        self, cameras: Tensor, k_intra: int, k_inter: int, *, on_progress: OnProgress = ignore
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Returns the nearest rows of every row's own camera, then those of all other cameras.
+
+        The same on every process; a single process is a ring of one.
+
+        Args:
+            cameras: [N] int64, of all rows of the bank, on the device of the rows.
+            k_intra, k_inter: columns, the row itself counted in the first.
+            on_progress: receives the fraction done.
+
+        Returns:
+            For either kind indices [N, k] int64, -1 where the cameras have fewer rows, and cosines, float32 of the same
+            shape, as `neighbours.CameraNeighbours` holds them.
+        """
+        keys = RankingKeys(sum(self.counts))
+        row_ids = torch.arange(self.first, self.first + len(self.rows), device=self.rows.device)
+        best = [row_ids.new_zeros(len(self.rows), k) for k in (k_intra, k_inter)]
+        for visit, (first_column, block) in enumerate(self._visiting_blocks()):
+            found = search_by_camera(
+                self.rows,
+                block,
+                cameras[row_ids],
+                cameras[first_column : first_column + len(block)],
+                row_ids,
+                k_intra,
+                k_inter,
+                keys=keys,
+                first_column=first_column,
+                budget_bytes=self.budget_bytes,
+                on_progress=_share_of_visit(on_progress, visit),
+            )
+            best = [
+                torch.cat(both, dim=1).topk(both[0].shape[1], dim=1).values for both in zip(best, found, strict=True)
+            ]
+        intra, inter = (self._gather_neighbours(part, keys) for part in best)
+        return intra, inter
+
+    def _gather_neighbours(self, own: Tensor, keys: RankingKeys) -> tuple[Tensor, Tensor]:
+        """Returns indices, -1 for keys of zero, and cosines of the keys of all processes."""
+        gathered = all_gather(own, self.counts)
+        indices, similarities = keys.decode(gathered)
+        return indices.masked_fill(gathered == 0, -1), similarities.masked_fill(gathered == 0, 0)
+
     def pair_similarities(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Returns the cosines of pairs of rows of the whole bank; every process passes the same pairs and gets all.
 
@@ -97,3 +144,8 @@ class ShardedBank:
             for transfer in transfers:
                 transfer.wait()
             block = incoming
+
+
+def _share_of_visit(on_progress: OnProgress, visit: int) -> OnProgress:
+    """Returns what reports the progress of one visit of a block as that of the whole ring."""
+    return lambda done: on_progress((visit + done) / world_size())

@@ -92,6 +92,16 @@ class RankingKeys:
         shifted = torch.where(is_self, (1 << (SIMILARITY_BITS + 2)) - 1, fixed + _OFFSET)
         return ((shifted >> self.dropped_bits) << self.column_bits) | (self.last_column - columns)
 
+    def renumber(self, keys: Tensor, columns: Tensor) -> Tensor:
+        """Returns keys for the columns of the bank, given keys of pairs whose columns are positions in `columns`.
+
+        Args:
+            keys: [...] int64.
+            columns: [W] int64, rising, so that ties keep their order.
+        """
+        positions = self.last_column - (keys & self.last_column)
+        return keys - (keys & self.last_column) + self.last_column - columns[positions]
+
     def decode(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Returns columns, int64, and cosines, float32 (one for a row with itself), of keys."""
         fixed = ((keys >> self.column_bits) << self.dropped_bits) - _OFFSET

@@ -15,6 +15,7 @@ NEUTRAL = 128  # the shade value that leaves the albedo as it is
 TEXTURE = 192  # side of a garment texture, in canvas pixels
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 Ink = Colour | Garment
 
 
@@ -116,10 +117,18 @@ class Canvas:
             tone = int(NEUTRAL * (1.0 - strength * (1.3 - size) / 0.6))
             self._shade.ellipse((x - size * rx, y - size * ry, x + size * rx, y + size * ry), fill=tone)
 
-    def finish(self) -> np.ndarray:
-        """Returns the lit picture: [128, 64, 3] float32, 0 to 255 and, in highlights, above."""
-        colour = np.asarray(self.albedo.reduce(SCALE), dtype=np.float32)
-        shade = np.asarray(self.shade.filter(ImageFilter.BoxBlur(1)).reduce(SCALE), dtype=np.float32)
+    def finish(self, box: Box | None = None) -> np.ndarray:
+        """Returns the lit picture: [128, 64, 3] float32, 0 to 255 and, in highlights, above.
+
+        Args:
+            box: the part of the canvas to show; all of it by default.
+        """
+
+        def shrink(layer: Image.Image) -> np.ndarray:
+            small = layer.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=box) if box else layer.reduce(SCALE)
+            return np.asarray(small, dtype=np.float32)
+
+        colour, shade = shrink(self.albedo), shrink(self.shade.filter(ImageFilter.BoxBlur(1)))
         lit: np.ndarray = colour * (shade[..., None] / NEUTRAL)
         return lit
 

@@ -1,7 +1,12 @@
-"""The three embedded domains: each a distribution over people (a wardrobe) and a set of cameras."""
+"""The embedded domains: each a distribution over people (a wardrobe) and a set of cameras.
+
+Three worlds, each in two forms. The plain form is small, sees everybody about equally often and frames them well. The
+hard form has other people of the same wardrobe before the same kinds of cameras, but a long-tailed crowd of which some
+are seen by one camera only, many distractors, and the boxes of an imperfect detector.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from types import MappingProxyType
@@ -9,12 +14,20 @@ from types import MappingProxyType
 from uda_reid.errors import UserError
 from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera
+from uda_reid.synthetic.crowd import Crowd, Tail
+from uda_reid.synthetic.detector import Detector
 from uda_reid.synthetic.person import Wardrobe, weights
 
 
 @dataclass(frozen=True)
 class Domain:
-    """A distribution over people and cameras; `summary` is one line for the user.
+    """A distribution over people and cameras, and how the people are seen.
+
+    Attributes:
+        summary: one line for the user.
+        crowd: how often people are seen, and by how many cameras.
+        detector: errors of the boxes; None for boxes that only the camera's jitter misplaces.
+        recipe: the recipe that suits the size, for runs that name none.
 
     Raises:
         UserError: there are fewer than two cameras.
@@ -26,6 +39,9 @@ class Domain:
     cameras: tuple[Camera, ...]
     train_identities: int = 180
     test_identities: int = 110
+    crowd: Crowd = Crowd()
+    detector: Detector | None = None
+    recipe: str = "demo"
 
     def __post_init__(self) -> None:
         if len(self.cameras) < 2:
@@ -164,7 +180,26 @@ CAMPUS = Domain(
     CAMPUS_WARDROBE, CAMPUS_CAMERAS,
 )  # fmt: skip
 
-DOMAINS: Mapping[str, Domain] = MappingProxyType({domain.name: domain for domain in (PLAZA, STATION, CAMPUS)})
+def harder(domain: Domain) -> Domain:
+    """Returns the hard form of a domain, in the size and with the flaws of a small real data set."""
+    return replace(
+        domain,
+        name=f"{domain.name}-hard",
+        summary=f"{domain.summary}; uneven crowd, distractors, detector errors",
+        train_identities=520,
+        test_identities=250,
+        crowd=Crowd(Tail(2, 9, 60, 0.85), one_camera=0.25, passers_by=0.3, strangers=1.6),
+        detector=Detector(
+            shift=0.05, scale=0.10, stretch=0.08, no_feet=0.15, no_head=0.05, lost=0.36, neighbor=0.15
+        ),
+        recipe="small",
+    )
+
+
+PLAIN = (PLAZA, STATION, CAMPUS)
+DOMAINS: Mapping[str, Domain] = MappingProxyType(
+    {domain.name: domain for domain in (*PLAIN, *(harder(domain) for domain in PLAIN))}
+)
 
 
 def domain_named(name: str | Domain) -> Domain:

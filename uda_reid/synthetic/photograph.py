@@ -10,13 +10,13 @@ from PIL import Image
 from uda_reid.synthetic.backgrounds import Scene, draw_scene
 from uda_reid.synthetic.camera import expose
 from uda_reid.synthetic.canvas import HEIGHT, SCALE, WIDTH, Canvas
+from uda_reid.synthetic.detector import BORDER, canvas_size
 from uda_reid.synthetic.domains import Domain
 from uda_reid.synthetic.figure import Pose, sample_pose
 from uda_reid.synthetic.person import Colour, Person, sample_person
 from uda_reid.synthetic.render import draw_person
 
-# Purposes of random streams; writer.py has another.
-IDENTITY, SCENE, SHOT = range(3)
+IDENTITY, SCENE, SHOT, PLAN, DETECTION = range(5)  # purposes of random streams
 
 
 def generator(domain: Domain, seed: int, *purpose: int) -> np.random.Generator:
@@ -54,12 +54,16 @@ def photograph(
     middle = 0.5 + rng.normal(0, lens.jitter)
     if spoiled:
         share, feet_at, middle = share * 1.7, feet_at + 0.5 * float(rng.choice([-1, 1])), middle + rng.normal(0, 0.25)
+    border = 0.0 if domain.detector is None else BORDER
+    size, x0, y0 = canvas_size(border), border * wide, border * tall
+    feet = (x0 + middle * wide, y0 + feet_at * tall)
     scene = scene_of(domain, seed, camera)
-    background = scene.cut(rng.random(), rng.uniform(0.45, 1.0), 1 / share, (wide, tall), feet_at)
+    zoom = size[1] / tall / share
+    background = scene.cut(rng.random(), rng.uniform(0.45, 1.0), zoom, size, feet[1] / size[1])
     light = float(np.clip(lens.light + rng.normal(0, 0.1), -1, 1))
     canvas = Canvas(background, light)
     yaw = radians(lens.yaw + rng.normal(0, lens.yaw_spread)) + (pi if rng.random() < lens.turned else 0.0)
-    pose = sample_pose(rng, yaw, radians(lens.pitch), (middle * wide, feet_at * tall), share * tall)
+    pose = sample_pose(rng, yaw, radians(lens.pitch), feet, share * tall)
     obstacle = rng.random() / lens.occlusion if lens.occlusion > 0 else 1.0
     if rng.random() < 0.5 * lens.occlusion:
         _passer_by(canvas, domain, rng, pose, behind=True)
@@ -71,7 +75,13 @@ def photograph(
         _passer_by(canvas, domain, rng, pose, behind=False)
     elif obstacle < 1:
         _obstacle(canvas, rng)
-    return expose(canvas.finish(), lens, rng)
+    if domain.detector is None:
+        return expose(canvas.finish(), lens, rng)
+    errors = generator(domain, seed, DETECTION, identity, camera, shot)
+    if errors.random() < domain.detector.neighbor:
+        _passer_by(canvas, domain, errors, pose, behind=False)
+    box = domain.detector.box(feet[1] - pose.pixels, feet[1], errors)
+    return expose(canvas.finish(box), lens, rng)
 
 
 def _passer_by(canvas: Canvas, domain: Domain, rng: np.random.Generator, pose: Pose, *, behind: bool) -> None:

@@ -1,7 +1,8 @@
 """How fast the embedded domains are drawn, and how well people are found in them without learning.
 
-    python benchmarks/domains.py                       # three domains, seed 0
-    python benchmarks/domains.py --seeds 0 1 2 --sheet docs/images/domains.jpg
+    python benchmarks/domains.py                       # all domains, seed 0
+    python benchmarks/domains.py --seeds 0 1 2
+    python benchmarks/domains.py --domains plaza station campus --sheet docs/images/domains.jpg
 
 Nearest neighbours by small raw images and by color histograms must stay below 30 mAP, or a domain measures nothing.
 They may fall below chance: a histogram recognizes the camera, so strangers seen by the query's camera rank above the

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.conftest import Invoke, settings, summary
 from uda_reid.engine.checkpoint import read_checkpoint
+from uda_reid.cli.run_command import choose_recipe
 from uda_reid.recipe import parse_recipe
 from uda_reid.synthetic import DOMAINS
 
@@ -121,6 +122,15 @@ def test_no_terminal_gets_plain_lines(invoke: Invoke, pretrained: Path) -> None:
 def test_help_names_every_embedded_domain(invoke: Invoke) -> None:
     for arguments in (("--help",), ("synth", "--help")):
         assert all(name in invoke(*arguments).output for name in DOMAINS)
+
+
+@pytest.mark.parametrize(("domain", "recipe", "height"), [("plaza", "demo", 64), ("plaza-hard", "small", 128)])
+def test_an_embedded_domain_gets_the_recipe_of_its_size(domain: str, recipe: str, height: int) -> None:
+    chosen, notes = choose_recipe(None, domain, "fusionreid", ())
+    assert chosen.images.height == height
+    assert notes[0].startswith(f"Recipe {recipe} (the default here): ")
+    assert choose_recipe("baseline", domain, "fusionreid", ())[1][0].startswith("Recipe baseline: ")
+    assert choose_recipe(None, "market", "fusionreid", ())[1][0].startswith("Recipe fusionreid (the default here)")
 
 
 def without_seconds(content: object) -> object:

@@ -1,5 +1,6 @@
 """Domains are as documented, and their pictures vary with every argument."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ from uda_reid.errors import UserError
 from uda_reid.synthetic import DOMAINS
 from uda_reid.synthetic.backgrounds import SCENE_HEIGHT, SCENE_WIDTH, draw_scene
 from uda_reid.synthetic.contact_sheet import contact_sheet
-from uda_reid.synthetic.photograph import photograph
+from uda_reid.synthetic.detector import Detector
+from uda_reid.synthetic.photograph import person_of, photograph
 from uda_reid.synthetic.props import PROPS
 
 
 def test_names() -> None:
-    assert list(DOMAINS) == ["plaza", "station", "campus"]
+    plain = ["plaza", "station", "campus"]
+    assert list(DOMAINS) == [*plain, *(f"{name}-hard" for name in plain)]
     assert all(domain.name == name for name, domain in DOMAINS.items())
 
 
@@ -47,6 +50,17 @@ def test_scenes(domain) -> None:
     assert min(distances) > 2
 
 
+@pytest.mark.parametrize("name", ["plaza", "station", "campus"])
+def test_the_hard_form_has_the_same_world_and_other_people(name: str) -> None:
+    plain, hard = DOMAINS[name], DOMAINS[f"{name}-hard"]
+    assert (hard.wardrobe, hard.cameras) == (plain.wardrobe, plain.cameras)
+    assert hard.train_identities >= 500
+    assert plain.detector is None
+    assert hard.detector is not None
+    people = [{person_of(domain, 0, number) for number in range(20)} for domain in (plain, hard)]
+    assert not people[0] & people[1]
+
+
 def test_another_seed_gives_another_scene() -> None:
     scenery = DOMAINS["plaza"].cameras[0].scenery
     one, same, other = (draw_scene(scenery, np.random.default_rng(seed)).image.tobytes() for seed in (0, 0, 1))
@@ -64,8 +78,9 @@ def test_each_argument_changes_the_photograph() -> None:
         photograph(plaza, 0, 1, 1, 1),
         photograph(plaza, 0, 1, 1, 0, spoiled=True),
         photograph(DOMAINS["campus"], 0, 1, 1, 0),
+        photograph(replace(plaza, detector=Detector()), 0, 1, 1, 0),
     ]
-    assert len({base.tobytes(), *(image.tobytes() for image in others)}) == 7
+    assert len({base.tobytes(), *(image.tobytes() for image in others)}) == 8
 
 
 def test_contact_sheet_has_a_row_per_person_and_a_column_per_camera(tmp_path: Path) -> None:

@@ -88,5 +88,6 @@ def main() -> None:
     """Unsupervised domain adaptation of person re-identification.
 
     DATA SETS are named by key (market, duke, msmt17, cuhk03), by an embedded domain that needs no download (plaza,
-    station, campus), or by the path of a folder in the Market-1501 layout.
+    station, campus, and in their larger hard form plaza-hard, station-hard, campus-hard), or by the path of a
+    folder in the Market-1501 layout.
     """

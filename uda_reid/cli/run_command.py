@@ -105,10 +105,10 @@ def choose_recipe(
     """Returns the recipe of a new run, and what to print about it.
 
     Args:
-        name: as given; otherwise "demo" for an embedded domain, for which it is made, and `default` for other data.
+        name: as given; otherwise the one that suits an embedded domain, and `default` for other data.
         strategy: replaces the recipe's own.
     """
-    chosen = name or ("demo" if dataset in DOMAINS else default)
+    chosen = name or (DOMAINS[dataset].recipe if dataset in DOMAINS else default)
     recipe = load_recipe(chosen, overrides, strategy)
     note = f"Recipe {chosen}{'' if name else ' (the default here)'}: {recipe.description}"
     own = load_strategy(chosen)

@@ -14,7 +14,10 @@ from uda_reid.cli.options import PATH, seed_option
 @click.option("--identities", type=int, help="Training identities; the test split gets two thirds as many.")
 @seed_option
 def synth(domain: str, out: Path, identities: int | None, seed: int) -> None:
-    """Render an embedded DOMAIN (plaza, station or campus) as JPEG files in the Market-1501 layout.
+    """Render an embedded DOMAIN as JPEG files in the Market-1501 layout.
+
+    DOMAIN is plaza, station or campus, or the hard form of one: plaza-hard, station-hard or campus-hard, which are
+    larger, with uneven numbers of images, people of one camera, distractors and detector errors.
 
     The folder can then be named wherever a data set is expected.
     """

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Invoke, settings, summary
-from uda_reid.engine.checkpoint import read_checkpoint
 from uda_reid.cli.run_command import choose_recipe
+from uda_reid.engine.checkpoint import read_checkpoint
 from uda_reid.recipe import parse_recipe
 from uda_reid.synthetic import DOMAINS
 

@@ -178,7 +178,9 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"plaza, station, campus, plaza-hard, station-hard, campus-hard, got 'staton'.*'station'"):
+    with pytest.raises(
+        UserError, match=r"plaza, station, campus, plaza-hard, station-hard, campus-hard, got 'staton'.*'station'"
+    ):
         write_domain("staton", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -78,3 +78,6 @@ class Crowd:
         count = 1 if alone else int(rng.integers(2, min(cameras, images - 1 if test else images) + 1))
         more = rng.multinomial(images - count, rng.dirichlet(np.ones(count)))
         return dict(zip(sorted(order[:count]), (1 + more).tolist(), strict=True))
+
+
+EVEN = Crowd()

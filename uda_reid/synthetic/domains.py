@@ -14,7 +14,7 @@ from types import MappingProxyType
 from uda_reid.errors import UserError
 from uda_reid.synthetic.backgrounds import Scenery
 from uda_reid.synthetic.camera import Camera
-from uda_reid.synthetic.crowd import Crowd, Tail
+from uda_reid.synthetic.crowd import EVEN, Crowd, Tail
 from uda_reid.synthetic.detector import Detector
 from uda_reid.synthetic.person import Wardrobe, weights
 
@@ -39,7 +39,7 @@ class Domain:
     cameras: tuple[Camera, ...]
     train_identities: int = 180
     test_identities: int = 110
-    crowd: Crowd = Crowd()
+    crowd: Crowd = EVEN
     detector: Detector | None = None
     recipe: str = "demo"
 
@@ -180,6 +180,7 @@ CAMPUS = Domain(
     CAMPUS_WARDROBE, CAMPUS_CAMERAS,
 )  # fmt: skip
 
+
 def harder(domain: Domain) -> Domain:
     """Returns the hard form of a domain, in the size and with the flaws of a small real data set."""
     return replace(
@@ -189,9 +190,7 @@ def harder(domain: Domain) -> Domain:
         train_identities=520,
         test_identities=250,
         crowd=Crowd(Tail(2, 9, 60, 0.85), one_camera=0.25, passers_by=0.3, strangers=1.6),
-        detector=Detector(
-            shift=0.05, scale=0.10, stretch=0.08, no_feet=0.15, no_head=0.05, lost=0.36, neighbor=0.15
-        ),
+        detector=Detector(shift=0.05, scale=0.10, stretch=0.08, no_feet=0.15, no_head=0.05, lost=0.36, neighbor=0.15),
         recipe="small",
     )
 

@@ -68,5 +68,3 @@ def file_names(domain: Domain, shots: list[Shot], seed: int) -> list[str]:
         label = f"{shot.label:04d}" if shot.label >= 0 else str(shot.label)
         names.append(f"{label}_c{shot.camera}s{1 + frame * 6 // FRAMES}_{frame:06d}_{box:02d}.jpg")
     return names
-
-

@@ -51,9 +51,11 @@ def mean_average_precision(query: Split, gallery: Split, describe) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(DOMAINS))
 def test_pixels_and_colours_stay_below_30_map(name: str, tmp_path: Path) -> None:
-    # The test split does not depend on the number of training identities, and two of them are quicker to draw.
-    out = write_domain(name, tmp_path / name, train_identities=2)
+    # The test split does not depend on the number of training identities, and two of them are quicker to draw. Fewer
+    # test people than a hard domain has are easier to tell apart, so that the bound holds for more.
+    people = min(DOMAINS[name].test_identities, 110)
+    out = write_domain(name, tmp_path / name, train_identities=2, test_identities=people)
     query, gallery = read(out / "query"), read(out / "bounding_box_test")
-    assert len(set(query[1])) == DOMAINS[name].test_identities
+    assert len(set(query[1])) == people
     assert mean_average_precision(query, gallery, small_pixels) < 30
     assert mean_average_precision(query, gallery, colour_histogram) < 30

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from uda_reid.errors import UserError
 
 BACKBONES = ("fusion_reid", "sam_ibn", "cnn", "vit")
+POSITION_INTERPOLATIONS = ("bicubic", "bilinear")
 POOLINGS = ("gem", "avg", "avg+max")
 NECK_FEATURES = ("before", "after")
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -110,6 +111,8 @@ class CnnSettings:
         weights: "none", "timm" or the path of a file.
         last_stride: 1 keeps the finer grid in the last stage; 2 is the network as published.
         stem_pool: False removes the pooling after a ResNet's stem, for small images.
+        released_stem: a ResNet's stem as FusionReID's released code has it: no ReLU after the first norm, and a 2x2 max
+            pool without padding instead of 3x3.
         pooling: how `backbone = "cnn"` turns its map into the global vector: "gem", "avg" or "avg+max" (their sum).
     """
 
@@ -117,6 +120,7 @@ class CnnSettings:
     weights: str = "none"
     last_stride: int = 1
     stem_pool: bool = True
+    released_stem: bool = False
     pooling: str = "gem"
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -131,6 +135,8 @@ class TransformerSettings:
     Attributes:
         patch_stride: pixels between patches; below the patch size they overlap.
         drop_path: stochastic depth of the last block.
+        position_interpolation: of the position embeddings to the grid: "bicubic" (timm's, with antialiasing) or
+            "bilinear" (FusionReID's released code, without).
         camera_embedding: learn one embedding per source camera.
     """
 
@@ -138,8 +144,12 @@ class TransformerSettings:
     weights: str = "none"
     patch_stride: int = 12
     drop_path: float = 0.0
+    position_interpolation: str = "bicubic"
     camera_embedding: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_choice("model.transformer.position_interpolation", self.position_interpolation, POSITION_INTERPOLATIONS)
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,7 @@ class FusionSettings:
         lru_kernel: odd side of the depthwise kernel.
         seu: False lets the mutual fusion units read the refined tokens directly.
         mfu: False takes the query tokens as the encoding unit returns them.
+        norm_eps: of the layer norms in the HTMs; the released code has 1e-5.
     """
 
     width: int = 768
@@ -166,8 +177,11 @@ class FusionSettings:
     lru_kernel: int = 1
     seu: bool = True
     mfu: bool = True
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        if self.norm_eps <= 0:
+            raise UserError(f"model.fusion.norm_eps must be above 0, got {self.norm_eps}; the released code has 1e-5.")
         if not 0 <= self.layers <= 6:
             raise UserError(f"model.fusion.layers must be in 0..6 (the paper uses 2), got {self.layers}.")
         if self.layers and not (self.seu or self.mfu):

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uda_reid.errors import UserError
 from uda_reid.models.trunks import cnn_trunk
@@ -108,3 +108,48 @@ def test_a_stem_without_pool_doubles_the_grid_and_keeps_every_weight() -> None:
     unpooled.load_state_dict(pooled.state_dict(), strict=True)
     with pytest.raises(UserError, match="stem_pool = true"):
         cnn_trunk("efficientnet_b0", stem_pool=False)
+
+
+def plain_released_stem(images: Tensor, model: nn.Module) -> Tensor:
+    """Convolution, batch norm by running statistics, and the largest of each 2 x 2 cells: no ReLU anywhere."""
+    conv, norm = model.get_submodule("conv1"), model.get_submodule("bn1")
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    padded = nn.functional.pad(images, (3, 3, 3, 3))
+    rows, columns = images.shape[2] // 2, images.shape[3] // 2
+    grid = images.new_empty(len(images), len(conv.weight), rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            window = padded[:, None, :, 2 * row : 2 * row + 7, 2 * column : 2 * column + 7]
+            grid[:, :, row, column] = (window * conv.weight).sum(dim=(2, 3, 4))
+    standard = (grid - norm.running_mean[:, None, None]) / (norm.running_var + norm.eps).sqrt()[:, None, None]
+    grid = standard * norm.weight[:, None, None] + norm.bias[:, None, None]
+    corners = [grid[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    return torch.stack(corners).amax(dim=0)
+
+
+def test_the_released_stem_is_its_definition_and_keeps_every_weight() -> None:
+    options = {"channels": (8, 8, 12, 16), "layers": (1, 1, 1, 1)}
+    ordinary = cnn_trunk("resnet26", options=options).double().eval()
+    released = cnn_trunk("resnet26", released_stem=True, options=options).double().eval()
+    with torch.no_grad():
+        for tensor in (*ordinary.parameters(), *(b for b in ordinary.buffers() if b.is_floating_point())):
+            tensor.add_(0.1 * torch.rand_like(tensor))
+    released.load_state_dict(ordinary.state_dict(), strict=True)
+    images = torch.randn(2, 3, 32, 16, dtype=torch.float64)
+    model = released.model
+    with torch.no_grad():
+        stem = plain_released_stem(images, model)
+        assert (stem < 0).any(), "a ReLU would show"
+        expected = model.layer4(model.layer3(model.layer2(model.layer1(stem))))
+        torch.testing.assert_close(released(images), expected)
+        assert released(images).shape == ordinary(images).shape
+        assert not torch.allclose(released(images), ordinary(images))
+
+
+def test_a_network_without_a_resnets_stem_has_no_released_one() -> None:
+    for name in ("convnext_atto", "seresnetaa50d"):
+        with torch.device("meta"), pytest.raises(UserError, match=f"got {name}: use released_stem = false"):
+            cnn_trunk(name, released_stem=True)

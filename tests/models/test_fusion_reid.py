@@ -167,6 +167,13 @@ def test_heterogenous_transmission_module(shared: bool) -> None:
     assert len(module.seu) == (1 if shared else 2)
 
 
+def test_every_layer_norm_of_the_module_has_the_eps_that_is_set() -> None:
+    module = HeterogenousTransmissionModule(DIM, HEADS, shared_encoder=False, norm_eps=1e-5)
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.LayerNorm)]
+    assert len(norms) == 2 * 3 + 2 * 3  # two norms of a block and a last one; query, key and MLP
+    assert {norm.eps for norm in norms} == {1e-5}
+
+
 @pytest.mark.parametrize("name", ["lru", "seu", "mfu", "htm"])
 def test_every_parameter_of_each_block_is_trained(name: str, assert_all_trained: Any, freeze_statistics: Any) -> None:
     tokens, other = torch.randn(3, 5, DIM), torch.randn(3, 5, DIM)

@@ -141,6 +141,35 @@ def test_positions_are_interpolated_after_loading(tmp_path: Any) -> None:
     assert torch.equal(trunk.model.patch_embed.proj.weight, model.patch_embed.proj.weight)
 
 
+def plain_bilinear(grid: Tensor, rows: int, columns: int) -> Tensor:
+    """Linear interpolation between cell centers, clamped at the border: [h, w, D] to [rows, columns, D]."""
+
+    def taps(target: int, source: int, index: int) -> list[tuple[int, float]]:
+        position = min(max((index + 0.5) * source / target - 0.5, 0.0), source - 1.0)
+        low = int(position)
+        return [(low, 1 - position + low), (min(low + 1, source - 1), position - low)]
+
+    out = torch.zeros(rows, columns, grid.shape[2], dtype=grid.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            for y, down in taps(rows, grid.shape[0], row):
+                for x, across in taps(columns, grid.shape[1], column):
+                    out[row, column] += down * across * grid[y, x]
+    return out
+
+
+def test_positions_are_interpolated_bilinearly_on_request(tmp_path: Any) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=5, **TINY)
+    path = tmp_path / "vit.pth"
+    torch.save(model.state_dict(), path)
+    settings = {"image_size": (256, 128), "patch_stride": 12, "weights": str(path)}
+    bilinear = tiny_trunk(**settings, position_interpolation="bilinear").model.pos_embed
+    expected = plain_bilinear(model.pos_embed[0, 1:].unflatten(0, (14, 14)), 21, 10)
+    assert torch.allclose(bilinear[0, 1:].unflatten(0, (21, 10)), expected, atol=1e-6)
+    assert torch.equal(bilinear[0, 0], model.pos_embed[0, 0])
+    assert not torch.allclose(bilinear, tiny_trunk(**settings).model.pos_embed, atol=1e-3)
+
+
 def test_errors_name_a_remedy() -> None:
     for name in ("vit_base_patch16_siglip_224", "vit_relpos_small_patch16_224", "resnet18", "beit_base_patch16_224"):
         with torch.device("meta"), pytest.raises(UserError, match="deit_base_distilled_patch16_224"):

@@ -5,6 +5,7 @@ Re-Identification", https://arxiv.org/abs/2412.17239, code: https://github.com/9
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +63,11 @@ class SharedEncodingUnit(nn.Module):
         in and out [B, 1 + h * w, D] float.
     """
 
-    def __init__(self, dim: int, heads: int = 12, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, heads: int = 12, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.block = Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=False)
-        self.norm = LayerNorm(dim)
+        norm: Any = partial(LayerNorm, eps=norm_eps)  # timm asks for a class, but calls it like any function
+        self.block = Block(dim, heads, mlp_ratio=mlp_ratio, qkv_bias=False, norm_layer=norm)
+        self.norm = norm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.norm(self.block(tokens))
@@ -81,18 +83,18 @@ class MutualFusionUnit(nn.Module):
         query [B, 1, D] float, tokens [B, h * w, D] float, out [B, 1, D] float.
     """
 
-    def __init__(self, dim: int, heads: int = 12, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, heads: int = 12, mlp_ratio: float = 4.0, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_query = LayerNorm(dim)
-        self.norm_key = LayerNorm(dim)
+        self.norm_query = LayerNorm(dim, norm_eps)
+        self.norm_key = LayerNorm(dim, norm_eps)
         # A shift common to all keys does not change the softmax, so this one could never be trained.
         _freeze(self, "norm_key.bias")
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim)
-        self.norm_mlp = LayerNorm(dim)
+        self.norm_mlp = LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
@@ -117,6 +119,7 @@ class HeterogenousTransmissionModule(nn.Module):
         shared_encoder: one SEU for both branches (paper) or one for each (the released code's default).
         seu: False leaves the encoding out, so the MFUs attend to the tokens as they come.
         mfu: False leaves the fusion out, so the encoded query tokens are the result.
+        norm_eps: of every layer norm.
         last: freezes the last bias before the result, as no loss on the result depends on it: batch norms and
             distances between images do not change with a shift that all images share.
 
@@ -134,15 +137,16 @@ class HeterogenousTransmissionModule(nn.Module):
         shared_encoder: bool = True,
         seu: bool = True,
         mfu: bool = True,
+        norm_eps: float = 1e-6,
         last: bool = False,
     ) -> None:
         super().__init__()
         if not (seu or mfu):
             raise UserError("A transmission module needs seu or mfu, got neither: use layers = 0 to leave it out.")
         encoders = (1 if shared_encoder else 2) if seu else 0
-        self.seu = nn.ModuleList(SharedEncodingUnit(dim, heads, mlp_ratio) for _ in range(encoders))
-        self.mfu_cnn = MutualFusionUnit(dim, heads, mlp_ratio) if mfu else None
-        self.mfu_transformer = MutualFusionUnit(dim, heads, mlp_ratio) if mfu else None
+        self.seu = nn.ModuleList(SharedEncodingUnit(dim, heads, mlp_ratio, norm_eps) for _ in range(encoders))
+        self.mfu_cnn = MutualFusionUnit(dim, heads, mlp_ratio, norm_eps) if mfu else None
+        self.mfu_transformer = MutualFusionUnit(dim, heads, mlp_ratio, norm_eps) if mfu else None
         if last:
             outputs = (
                 ("mfu_cnn.mlp.fc2", "mfu_transformer.mlp.fc2") if mfu else (f"seu.{i}.norm" for i in range(encoders))
@@ -171,7 +175,8 @@ class FusionReID(nn.Module):
     Args:
         cnn, transformer: trunks of the two branches.
         lru: False replaces each LRU by a linear projection to D. Its bias is trained: GeM is not linear in it.
-        width, layers, heads, mlp_ratio, shared_encoder, lru_kernel, seu, mfu: see `settings.FusionSettings`.
+        width, layers, heads, mlp_ratio, shared_encoder, lru_kernel, seu, mfu, norm_eps: see
+            `settings.FusionSettings`.
 
     Shape:
         vectors "cnn" [B, C], "transformer" [B, D_t], and "cnn_query", "transformer_query", "cnn_fused",
@@ -196,6 +201,7 @@ class FusionReID(nn.Module):
         lru_kernel: int = 1,
         seu: bool = True,
         mfu: bool = True,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if not 0 <= layers <= 6:
@@ -213,7 +219,14 @@ class FusionReID(nn.Module):
         self.gem = nn.ModuleDict({name: GeM() for name in ("cnn", "cnn_query", "transformer_query")})
         self.htm = nn.ModuleList(
             HeterogenousTransmissionModule(
-                width, heads, mlp_ratio, shared_encoder=shared_encoder, seu=seu, mfu=mfu, last=index == layers - 1
+                width,
+                heads,
+                mlp_ratio,
+                shared_encoder=shared_encoder,
+                seu=seu,
+                mfu=mfu,
+                norm_eps=norm_eps,
+                last=index == layers - 1,
             )
             for index in range(layers)
         )

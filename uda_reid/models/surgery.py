@@ -53,6 +53,27 @@ def change_strides(model: Any, name: str, *, last_stride: int, stem_pool: bool) 
         model.maxpool = nn.Identity()
 
 
+def use_released_stem(model: Any, name: str) -> None:
+    """Gives a ResNet the stem of FusionReID's released code, so that weights trained with it compute the same.
+
+    The first norm is not followed by a ReLU, and the max pool is 2x2 without padding instead of 3x3 with stride 2.
+    https://github.com/924973292/FusionReID
+
+    Args:
+        model: of timm, changed in place.
+        name: of the model in an error.
+
+    Raises:
+        UserError: the model has no such stem.
+    """
+    if not isinstance(getattr(model, "act1", None), nn.Module) or not isinstance(
+        getattr(model, "maxpool", None), nn.MaxPool2d
+    ):
+        raise UserError(f"Expected a ResNet with a max pool after its stem, got {name}: use released_stem = false.")
+    model.act1 = nn.Identity()
+    model.maxpool = nn.MaxPool2d(2)
+
+
 def _remove_last_stride(model: nn.Module, name: str) -> None:
     """Sets the stride of the layers that halve the grid for the last time to 1.
 

@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from uda_reid.errors import UserError
-from uda_reid.models.surgery import change_strides, drop_unused, dry_run
+from uda_reid.models.surgery import change_strides, drop_unused, dry_run, use_released_stem
 from uda_reid.models.weights import load_strictly, read_state_dict
 
 VIT_EXAMPLES = (
@@ -122,6 +122,7 @@ def cnn_trunk(
     weights: str = "none",
     last_stride: int = 1,
     stem_pool: bool = True,
+    released_stem: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> CnnTrunk:
     """Returns the trunk of any convolutional network of timm.
@@ -130,6 +131,7 @@ def cnn_trunk(
         name: timm's name, such as "resnet50".
         weights: "none" (random), "timm" (downloaded by timm) or the path of a file.
         last_stride, stem_pool: see `change_strides`; with both as they are a ResNet's map of 256x128 pixels is 16x8.
+        released_stem: see `use_released_stem`.
         options: passed to timm.create_model.
 
     Raises:
@@ -146,6 +148,8 @@ def cnn_trunk(
         raise UserError(refusal) from error
     if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[1] != model.num_features:
         raise UserError(refusal)
+    if released_stem:
+        use_released_stem(model, name)
     change_strides(model, name, last_stride=last_stride, stem_pool=stem_pool)
     drop_unused(model)
     return CnnTrunk(model, output.shape[1])
@@ -159,6 +163,7 @@ def vit_trunk(
     weights: str = "none",
     cameras: int = 0,
     drop_path: float = 0.0,
+    position_interpolation: str = "bicubic",
     options: Mapping[str, Any] | None = None,
 ) -> VitTrunk:
     """Returns the trunk of any plain vision transformer of timm, with overlapping patches if wanted.
@@ -174,6 +179,7 @@ def vit_trunk(
             trained at, then the position embeddings are interpolated.
         cameras: number of cameras with an embedding of their own; 0 for no camera embedding.
         drop_path: stochastic depth of the last block; it rises linearly from 0 at the first.
+        position_interpolation: "bicubic", with antialiasing, or "bilinear", without.
         options: passed to timm.create_model.
 
     Raises:
@@ -194,7 +200,7 @@ def vit_trunk(
             ) from error
         load_strictly(model, state, classifier=_classifier(model), source=weights)
     model.reset_classifier(0, "token")
-    _set_grid(model, image_size, patch_stride)
+    _set_grid(model, image_size, patch_stride, position_interpolation)
     if weights == "none":
         # Interpolation smooths random embeddings away.
         trunc_normal_(model.pos_embed, std=0.02)
@@ -203,7 +209,7 @@ def vit_trunk(
     return VitTrunk(model, image_size, cameras)
 
 
-def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None) -> None:
+def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None, interpolation: str) -> None:
     """Sets image size and patch stride of a loaded model, and interpolates its position embeddings to the new grid."""
     embed = model.patch_embed
     patch: tuple[int, int] = embed.patch_size
@@ -219,7 +225,14 @@ def _set_grid(model: Any, image_size: tuple[int, int], patch_stride: int | None)
         )
     grid = tuple((pixels - size) // step + 1 for pixels, size, step in zip(image_size, patch, stride, strict=True))
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-    position = resample_abs_pos_embed(model.pos_embed.data, list(grid), list(embed.grid_size), num_prefix_tokens=prefix)
+    position = resample_abs_pos_embed(
+        model.pos_embed.data,
+        list(grid),
+        list(embed.grid_size),
+        num_prefix_tokens=prefix,
+        interpolation=interpolation,
+        antialias=interpolation == "bicubic",
+    )
     model.pos_embed = nn.Parameter(position)
     embed.proj.stride = stride
     embed.img_size, embed.grid_size, embed.num_patches = image_size, grid, grid[0] * grid[1]

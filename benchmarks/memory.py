@@ -1,14 +1,14 @@
 """How much of a GPU's memory every recipe takes, traced without one, and the tables of docs/memory.md.
 
     python benchmarks/memory.py --write                   # all recipes, about half an hour on one core
-    python benchmarks/memory.py --recipes demo small
+    python benchmarks/memory.py --recipes demo small --write  # their rows alone; the others stay
 
 What is traced is what `cli.py models --memory RECIPE` prints. --write puts the tables between the comments of the page.
 The last line is JSON: recipe -> stage -> precision -> choice -> bytes at the peak.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from uda_reid.recipe import dump_recipe, load_recipe, load_stages, shipped_recip
 from uda_reid.settings import ClusterSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-BLOCK = re.compile(r"(<!-- memory: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- memory: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 GIB = 2**30
 CARDS = {"24 GB": 24e9, "12 GB": 12e9}  # bytes as on the box, of which a little more is there
 
@@ -113,24 +113,42 @@ def operations(rows: Rows) -> list[str]:
 TABLES = {"totals": totals, "parts": parts, "operations": operations}
 
 
-def fill(text: str, rows: Rows) -> str:
-    """Returns a page with its tables made anew."""
-    return BLOCK.sub(lambda found: "".join([found[1], "\n".join(TABLES[found[2]](rows)), "\n", found[3]]), text)
+def fill(text: str, rows: Rows, recipes: Sequence[str]) -> str:
+    """Returns a page whose tables have these rows, and for those of `recipes` that were not traced the lines they had.
+
+    Args:
+        recipes: all that the tables show, in order; lines of others are dropped.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        head, *made = TABLES[found[2]](rows)
+        traced = {row["recipe"] for row in rows}
+        kept = [line for line in found[3].splitlines() if _recipe_of(line) not in traced]
+        lines = sorted((line for line in (*kept, *made) if _recipe_of(line) in recipes), key=_order(recipes))
+        return "".join([found[1], "\n".join([head, *lines]), "\n", found[4]])
+
+    return BLOCK.sub(replaced, text)
+
+
+def _recipe_of(line: str) -> str:
+    return line.strip("| ").split(" | ")[0]
+
+
+def _order(recipes: Sequence[str]) -> Callable[[str], int]:
+    return lambda line: recipes.index(_recipe_of(line))
 
 
 def main() -> None:
     """Traces, prints the tables, and on request writes them into the page."""
     parser = make_parser(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=sorted(shipped_recipes()), help="all by default")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/memory.md")
     options = parser.parse_args()
-    if options.write and options.recipes:
-        parser.error("--write needs all recipes")
     rows = trace_recipes(options.recipes or list(shipped_recipes()))
     for name in TABLES:
         print("", *TABLES[name](rows), sep="\n")
     if options.write:
-        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), rows, list(shipped_recipes())), encoding="utf-8")
     figures: dict[str, Any] = {}
     for first, choices in of_choices(rows):
         stages = figures.setdefault(first["recipe"], {}).setdefault(first["stage"], {})

@@ -46,6 +46,7 @@ CHOICES: dict[str, Any] = {
     "model.fusion.heads": 8,
     "model.neck_feature": "after",
     "model.cnn.pooling": "avg",
+    "model.transformer.position_interpolation": "bilinear",
     "model.sam_ibn.pooling": "avg+max",
     "adapt.strategy": "baseline",
     "images.mean": (0.1, 0.2, 0.3),

@@ -73,11 +73,23 @@ def test_tables_have_a_row_for_every_precision_where_it_matters() -> None:
 
 def test_a_page_keeps_its_text() -> None:
     page = "before\n<!-- memory: parts -->\nold\n<!-- end -->\nafter\n"
-    filled = fill(page, rows(20, 9, 11, 7, 5))
+    filled = fill(page, rows(20, 9, 11, 7, 5), ["mine"])
     assert filled.startswith("before\n<!-- memory: parts -->\n| recipe |")
     assert filled.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in filled
-    assert fill(filled, rows(20, 9, 11, 7, 5)) == filled
+    assert fill(filled, rows(20, 9, 11, 7, 5), ["mine"]) == filled
+
+
+def test_rows_that_were_not_traced_stay_in_their_order() -> None:
+    lines = ["| recipe | stage |", "|-|-|", *(f"| {name} | adapt |" for name in ("first", "gone", "last"))]
+    page = "\n".join(["<!-- memory: parts -->", *lines, "<!-- end -->\n"])
+    recipes = ["first", "mine", "last"]
+    filled = fill(page, rows(20, 9, 11, 7, 5), recipes)
+    assert [line.split()[1] for line in filled.splitlines() if " adapt |" in line] == recipes
+    assert fill(filled, rows(20, 9, 11, 7, 5), recipes) == filled
+    assert "| first | adapt |\n" in filled
+    assert "19.00" in fill(filled, rows(20, 9, 11, 7, 5), recipes)
+    assert "29.00" in fill(filled, rows(30, 9, 11, 7, 5), recipes)
 
 
 def test_the_page_has_every_table() -> None:

@@ -162,7 +162,7 @@ WRONG: dict[str, Break] = {
     "images: stores": instead(image_checks, "load_images", load_with_an_error),
     "loss: cross-entropy": wrong(loss_checks, "smoothed_cross_entropy", lambda loss: loss * 1.01),
     "loss: batch-hard triplet": wrong(loss_checks, "batch_hard_soft_margin", lambda loss: loss * 1.01),
-    "loss: distillation": wrong(loss_checks, "cosine_distillation", lambda loss: loss + 0.01),
+    "loss: distillation": wrong(loss_checks, "centered_cosine_distillation", lambda loss: loss + 0.01),
     "loss: attention mass": wrong(loss_checks, "attention_mass_loss", lambda loss: loss * 0.99),
     **{
         f"network: {name}, {precision}": instead(network_checks, "prepare", prepare_badly)

@@ -84,7 +84,7 @@ def make_stage(recipe: Recipe, name: str) -> Stage:
         return Stage(
             nn.ModuleList([network, objective]),
             network,
-            lambda outputs, labels, indices: objective(outputs[SOURCE], labels[SOURCE]),
+            lambda outputs, labels, indices: objective(outputs[SOURCE], labels[SOURCE], indices[SOURCE]),
             lambda: ([model], [objective], []),
             objective.loss_names,
             {SOURCE: recipe.pretrain.identities * recipe.pretrain.instances},

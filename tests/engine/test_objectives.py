@@ -111,12 +111,29 @@ def make_output(count: int) -> GlobalOutput:
     return GlobalOutput(embeddings, embeddings, random_rows(count, CHANNELS, 3, 2))
 
 
+def others(labels: Tensor, indices: Tensor, image: int) -> list[int]:
+    """Other images of an image's identity."""
+    return [j for j in range(len(labels)) if labels[j] == labels[image] and indices[j] != indices[image]]
+
+
+def looped_distillation(embedding: Tensor, target: Tensor, valid: list[bool]) -> float:
+    """Mean of 1 - cos over the valid images, of rows relative to the mean of the valid rows."""
+    counted = [image for image, counts in enumerate(valid) if counts]
+    centers = [sum(rows[image] for image in counted) / max(len(counted), 1) for rows in (embedding, target)]
+    total = 0.0
+    for image in counted:
+        a, b = embedding[image] - centers[0], target[image] - centers[1]
+        total += 1 - float(torch.dot(a, b) / (a.norm() * b.norm()))
+    return total / max(len(counted), 1)
+
+
 @torch.no_grad()
 def expected_losses(
     objective: CrossInstance,
     output: GlobalOutput,
     index: int,
     labels: Tensor,
+    indices: Tensor,
     classifiers: Classifiers,
     smoothing: float,
 ) -> dict[str, float]:
@@ -124,19 +141,20 @@ def expected_losses(
     settings, embedding, heads = objective.settings, output.embeddings[index], list(classifiers.heads)
     found = {}
     if settings.intra:
-        intra = objective.intra(embedding, output.feature_map, labels)
-        valid = [labels.tolist().count(label) > 1 for label in labels.tolist()]
+        intra = objective.intra(embedding, output.feature_map, labels, indices)
+        valid = [bool(others(labels, indices, image)) for image in range(len(labels))]
         assert intra.valid.tolist() == valid
-        distances = [
-            1 - torch.dot(a, b) / (a.norm() * b.norm()) for a, b in zip(embedding, intra.embedding, strict=True)
-        ]
-        distillation = sum(float(d) for d, counts in zip(distances, valid, strict=True) if counts) / max(sum(valid), 1)
+        distillation = looped_distillation(embedding, intra.embedding, valid)
         logits = intra.bn_embedding @ heads.pop(0).weight.T
         identity = looped_cross_entropy(logits, labels, smoothing, valid)
-        found["intra"] = settings.intra * (looped_triplet(intra.embedding, labels) + distillation + identity)
+        triplet = looped_triplet(
+            intra.embedding, torch.tensor([-1 - i if not v else labels[i] for i, v in enumerate(valid)])
+        )
+        found["intra"] = settings.intra * (triplet + distillation + identity)
     if settings.inter:
-        inter = objective.inter(embedding, output.feature_map, labels)
-        valid = [labels.tolist().count(label) > 1 and len(set(labels.tolist())) > 1 for label in labels.tolist()]
+        inter = objective.inter(embedding, output.feature_map, labels, indices)
+        several = len(set(labels.tolist())) > 1
+        valid = [several and bool(others(labels, indices, image)) for image in range(len(labels))]
         assert inter.valid.tolist() == valid
         ratios = [negative / positive for positive, negative in inter.masses.tolist()]
         attention = sum(math.log1p(r) for r, counts in zip(ratios, valid, strict=True) if counts) / max(sum(valid), 1)
@@ -148,16 +166,17 @@ def expected_losses(
 @pytest.mark.parametrize("labels", [*BATCHES, LONELY, ONE_IDENTITY], ids=str)
 @pytest.mark.parametrize("weights", [{"intra": 0.5}, {"inter": 2.0}, {"intra": 1.0, "inter": 0.1}], ids=str)
 @pytest.mark.parametrize(("chosen", "index"), [("", 2), ("second", 1)])
+@pytest.mark.parametrize("copies", [1, 2])
 def test_the_weighted_losses_of_the_chosen_output(
-    labels: list[int], weights: dict[str, float], chosen: str, index: int
+    labels: list[int], weights: dict[str, float], chosen: str, index: int, copies: int
 ) -> None:
-    targets = torch.tensor(labels)
+    targets, indices = torch.tensor(labels), torch.arange(len(labels)) // copies
     objective, output = make_objective(output=chosen, **weights), make_output(len(labels))
     classifiers = make_classifiers(objective)
     assert len(classifiers.heads) == len(weights)
     for smoothing in (0.0, 0.1):
-        losses = objective.losses(output, targets, classifiers, smoothing)
-        expected = expected_losses(objective, output, index, targets, classifiers, smoothing)
+        losses = objective.losses(output, targets, indices, classifiers, smoothing)
+        expected = expected_losses(objective, output, index, targets, indices, classifiers, smoothing)
         assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-9)
         assert list(losses) == list(objective.settings.loss_names)
     torch.stack(list(losses.values())).sum().backward()
@@ -169,7 +188,7 @@ def test_the_weighted_losses_of_the_chosen_output(
 def test_every_parameter_and_the_feature_map_get_a_gradient() -> None:
     objective, output, labels = make_objective(intra=1.0, inter=1.0), make_output(6), torch.tensor([0, 0, 1, 1, 2, 2])
     classifiers = make_classifiers(objective)
-    torch.stack(list(objective.losses(output, labels, classifiers, 0.1).values())).sum().backward()
+    torch.stack(list(objective.losses(output, labels, torch.arange(6), classifiers, 0.1).values())).sum().backward()
     for name, parameter in (*objective.named_parameters(), *classifiers.named_parameters()):
         if parameter.requires_grad:
             assert parameter.grad is not None, name

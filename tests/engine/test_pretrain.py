@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.training import Rows, differing, load_source, new_source_model, train_source, varied, weights_of
 from uda_reid.data.image_set import ImageSet
+from uda_reid.engine.objectives import GlobalOutput
 from uda_reid.errors import UserError
 from uda_reid.settings import BACKBONES, Recipe
 
@@ -48,6 +49,17 @@ def test_every_trainable_parameter_moves(
     assert objective.loss_names == ("cross_entropy", "triplet", *(("intra", "inter") if extra else ()))
     assert all(rows[-1][name] > 0 for name in objective.loss_names)
     assert [row["skipped"] for row in rows] == [0, 0]
+
+
+def test_copies_of_one_image_teach_nothing_across_instances(tiny_recipe: Recipe) -> None:
+    _, objective = new_source_model(varied(tiny_recipe, "model.backbone=vit", *CROSS), 3)
+    assert objective.cross is not None
+    embeddings = (torch.randn(6, objective.cross.width),)
+    output = GlobalOutput(embeddings, embeddings, torch.randn(6, objective.cross.width, 4, 2))
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    for indices, counts in ((labels, False), (torch.arange(6), True)):
+        losses = objective(output, labels, indices)
+        assert (losses["intra"].item() > 0) == (losses["inter"].item() > 0) == counts
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor
 from uda_reid.errors import UserError
 from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
-from uda_reid.losses.distillation import cosine_distillation
+from uda_reid.losses.distillation import centered_cosine_distillation
 from uda_reid.losses.triplet import batch_hard_soft_margin
 from uda_reid.models.backbone import PlainVit
 from uda_reid.models.cross_instance import CrossInstanceBlock, InterX, IntraX, hardest_pairs
@@ -22,13 +22,14 @@ WIDTH, CHANNELS, HEADS = 6, 4, 2
 LABELS = [0, 1, 0, 2, 1, 0, 3]
 
 
-def batch(labels: list[int] = LABELS) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, maps and labels."""
+def batch(labels: list[int] = LABELS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Embeddings, maps, labels, and numbers of different images."""
     count = len(labels)
     return (
         torch.randn(count, WIDTH, dtype=torch.float64),
         torch.randn(count, CHANNELS, 3, 2, dtype=torch.float64),
         torch.tensor(labels),
+        torch.randperm(100)[:count],
     )
 
 
@@ -71,8 +72,8 @@ def tokens_of(feature_map: Tensor) -> list[Tensor]:
 
 def test_intra_attends_to_the_other_images_of_the_identity() -> None:
     module = shaken(IntraX)
-    embedding, maps, labels = batch()
-    out = module(embedding, maps, labels)
+    embedding, maps, labels, indices = batch()
+    out = module(embedding, maps, labels, indices)
     for anchor in range(len(LABELS)):
         others = [other for other, label in enumerate(LABELS) if label == LABELS[anchor] and other != anchor]
         tokens = [token for other in others for token in tokens_of(maps[other])]
@@ -84,9 +85,9 @@ def test_intra_attends_to_the_other_images_of_the_identity() -> None:
 
 def test_intra_never_attends_to_the_anchor_itself_or_another_identity() -> None:
     module = shaken(IntraX)
-    embedding, maps, labels = batch()
+    embedding, maps, labels, indices = batch()
     maps.requires_grad_()
-    out = module(embedding, maps, labels).embedding
+    out = module(embedding, maps, labels, indices).embedding
     for anchor in range(len(LABELS)):
         (gradient,) = torch.autograd.grad(out[anchor].sum(), maps, retain_graph=True)
         for other, label in enumerate(LABELS):
@@ -97,9 +98,9 @@ def test_intra_never_attends_to_the_anchor_itself_or_another_identity() -> None:
 @pytest.mark.parametrize("labels", [[0, 1, 2], [5], [0, 0, 1, 2]], ids=["K = 1", "batch of one", "some alone"])
 def test_images_without_a_positive_are_masked_and_harmless(labels: list[int]) -> None:
     intra, inter = shaken(IntraX), shaken(InterX)
-    embedding, maps, ids = batch(labels)
+    embedding, maps, ids, indices = batch(labels)
     embedding.requires_grad_()
-    first, second = intra(embedding, maps, ids), inter(embedding, maps, ids)
+    first, second = intra(embedding, maps, ids, indices), inter(embedding, maps, ids, indices)
     expected = [labels.count(label) > 1 for label in labels]
     assert first.valid.tolist() == expected
     assert second.valid.tolist() == expected
@@ -107,7 +108,7 @@ def test_images_without_a_positive_are_masked_and_harmless(labels: list[int]) ->
     loss = (
         smoothed_cross_entropy(classifier((first.bn_embedding,)), ids, valid=first.valid)
         + batch_hard_soft_margin(first.embedding, ids)
-        + cosine_distillation(embedding, first.embedding, first.valid)
+        + centered_cosine_distillation(embedding, first.embedding, first.valid)
         + attention_mass_loss(second.masses, second.valid)
     )
     loss.backward()
@@ -122,8 +123,8 @@ def test_without_a_negative_inter_is_not_valid() -> None:
 
 
 def test_hardest_pairs_are_those_of_the_distances() -> None:
-    embedding, _, labels = batch()
-    hardest = hardest_pairs(embedding, labels)
+    embedding, _, labels, indices = batch()
+    hardest = hardest_pairs(embedding, labels, indices)
     for anchor, own in enumerate(LABELS):
         distances = [math.dist(embedding[anchor].tolist(), row) for row in embedding.tolist()]
         same = [other for other, label in enumerate(LABELS) if label == own and other != anchor]
@@ -136,10 +137,10 @@ def test_hardest_pairs_are_those_of_the_distances() -> None:
 
 def test_inter_attends_to_the_hardest_positive_and_negative() -> None:
     module = shaken(InterX)
-    embedding, maps, labels = batch()
-    out = module(embedding, maps, labels)
+    embedding, maps, labels, indices = batch()
+    out = module(embedding, maps, labels, indices)
     assert torch.allclose(out.masses.sum(dim=1), torch.ones(len(LABELS), dtype=torch.float64))
-    hardest = hardest_pairs(embedding, labels)
+    hardest = hardest_pairs(embedding, labels, indices)
     assert hardest.valid.sum() == 5
     for anchor in hardest.valid.nonzero().flatten().tolist():
         tokens = tokens_of(maps[hardest.positive[anchor]]) + tokens_of(maps[hardest.negative[anchor]])
@@ -153,9 +154,10 @@ def test_inter_attends_to_the_hardest_positive_and_negative() -> None:
 @pytest.mark.parametrize("kind", [IntraX, InterX])
 def test_a_new_order_of_the_batch_changes_nothing(kind: type[IntraX] | type[InterX]) -> None:
     module = shaken(kind)
-    embedding, maps, labels = batch([0, 0, 1, 1, 2, 2])
+    embedding, maps, labels, indices = batch([0, 0, 1, 1, 2, 2])
     order = torch.tensor([3, 5, 0, 4, 1, 2])
-    out, moved = module(embedding, maps, labels), module(embedding[order], maps[order], labels[order])
+    out = module(embedding, maps, labels, indices)
+    moved = module(embedding[order], maps[order], labels[order], indices[order])
     assert all(torch.allclose(a[order].double(), b.double()) for a, b in zip(out, moved, strict=True))
 
 
@@ -165,38 +167,77 @@ def test_losses_train_every_parameter(small_vit: VitTrunk, assert_all_trained: A
     heads = Classifiers((24, 24, 24), 4).double()
     for module in (model, intra, inter):
         freeze_statistics(module)
-    labels = torch.arange(4).repeat_interleave(2)
+    labels, indices = torch.arange(4).repeat_interleave(2), torch.arange(8)
     out = model(torch.randn(8, 3, 64, 32, dtype=torch.float64), torch.arange(8) % 3)
     maps = join_maps(out.maps)
-    first, second = intra(out.embeddings[0], maps, labels), inter(out.embeddings[0], maps, labels)
+    first, second = (module(out.embeddings[0], maps, labels, indices) for module in (intra, inter))
     bn_embeddings = (out.bn_embeddings[0], first.bn_embedding, second.bn_embedding)
     loss = (
         smoothed_cross_entropy(heads(bn_embeddings), labels, valid=first.valid & second.valid)
         + batch_hard_soft_margin(first.embedding, labels)
-        + cosine_distillation(out.embeddings[0], first.embedding, first.valid)
+        + centered_cosine_distillation(out.embeddings[0], first.embedding, first.valid)
         + attention_mass_loss(second.masses, second.valid)
     )
     assert_all_trained(loss, model, intra, inter, heads, floor=1e-10)
 
 
+# Identity 0 has two images, one of them twice; 1 has one image, three times; 2 has two; 3 has one.
+COPIED = [(0, 8), (0, 8), (0, 9), (1, 4), (1, 4), (1, 4), (2, 5), (2, 6), (3, 7)]
+
+
+def copied_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch in which images of small identities are repeated, each time augmented otherwise."""
+    embedding, maps, labels, _ = batch([label for label, _ in COPIED])
+    return embedding, maps, labels, torch.tensor([index for _, index in COPIED])
+
+
+def others(anchor: int) -> list[int]:
+    """Positions of the other images of the anchor's identity."""
+    label, index = COPIED[anchor]
+    return [place for place, (other, image) in enumerate(COPIED) if other == label and image != index]
+
+
+def test_intra_attends_to_no_copy_of_the_anchor() -> None:
+    module = shaken(IntraX)
+    embedding, maps, labels, indices = copied_batch()
+    maps.requires_grad_()
+    out = module(embedding, maps, labels, indices)
+    assert out.valid.tolist() == [bool(others(anchor)) for anchor in range(len(COPIED))]
+    for anchor in range(len(COPIED)):
+        (gradient,) = torch.autograd.grad(out.embedding[anchor].sum(), maps, retain_graph=True)
+        assert gradient.abs().sum(dim=(1, 2, 3)).nonzero().flatten().tolist() == others(anchor)
+
+
+def test_the_hardest_positive_is_no_copy_of_the_anchor() -> None:
+    embedding, maps, labels, indices = copied_batch()
+    embedding[1] += 100  # the copy is farthest
+    hardest = hardest_pairs(embedding, labels, indices)
+    for anchor in range(len(COPIED)):
+        assert hardest.valid[anchor].item() == bool(others(anchor))
+        if others(anchor):
+            distances = [math.dist(embedding[anchor].tolist(), row) for row in embedding.tolist()]
+            assert hardest.positive[anchor].item() == max(others(anchor), key=distances.__getitem__)
+    assert shaken(InterX)(embedding, maps, labels, indices).valid.tolist() == hardest.valid.tolist()
+
+
 def test_the_attention_mass_alone_trains_the_attention() -> None:
     module = shaken(InterX)
-    embedding, maps, labels = batch([0, 0, 1, 1, 2, 2])
-    before = module(embedding, maps, labels).masses[:, 0].mean().item()
+    embedding, maps, labels, indices = batch([0, 0, 1, 1, 2, 2])
+    before = module(embedding, maps, labels, indices).masses[:, 0].mean().item()
     optimizer = torch.optim.Adam([module.block.query.weight, module.block.key.weight], lr=0.02)
     for _ in range(60):
-        out = module(embedding, maps, labels)
+        out = module(embedding, maps, labels, indices)
         optimizer.zero_grad()
         attention_mass_loss(out.masses, out.valid).backward()
         optimizer.step()
-    assert module(embedding, maps, labels).masses[:, 0].mean().item() > before + 0.1
+    assert module(embedding, maps, labels, indices).masses[:, 0].mean().item() > before + 0.1
 
 
 def test_mixed_precision_keeps_masses_that_sum_to_one() -> None:
     module = shaken(InterX).float()
-    embedding, maps, labels = batch([0, 0, 1, 1])
+    embedding, maps, labels, indices = batch([0, 0, 1, 1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = module(embedding.float(), maps.float(), labels)
+        out = module(embedding.float(), maps.float(), labels, indices)
     assert out.masses.dtype == torch.float32
     assert torch.allclose(out.masses.sum(dim=1), torch.ones(4), atol=1e-5)
 

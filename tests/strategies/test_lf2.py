@@ -196,6 +196,15 @@ def test_every_trainable_parameter_gets_a_gradient(statistics: str, switches: di
     assert without_gradient(*trained) == set()
 
 
+def test_copies_of_one_image_teach_nothing_across_instances() -> None:
+    strategy = make_lf2(cross_instance=CROSS)
+    images, cameras, rows, labels = make_batch(LEVELS)
+    outputs = strategy.networks(images, cameras, rows)
+    for of_image in (labels, {level: torch.arange(len(each)) for level, each in labels.items()}):
+        losses = strategy.losses(outputs, labels, of_image)
+        assert (losses["intra"].item() > 0) == (losses["inter"].item() > 0) == (of_image is not labels)
+
+
 @pytest.mark.parametrize("level", ["upper", "lower"])
 def test_a_part_trains_its_own_modules_only(level: str, strategy: LF2) -> None:
     losses_of(strategy, LEVELS)[f"triplet_{level}"].backward()

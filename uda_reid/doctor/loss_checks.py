@@ -9,7 +9,7 @@ from uda_reid.doctor import plain_losses
 from uda_reid.doctor.check import Check, Scene, compare, figure
 from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
-from uda_reid.losses.distillation import cosine_distillation
+from uda_reid.losses.distillation import centered_cosine_distillation
 from uda_reid.losses.triplet import batch_hard_soft_margin
 
 IMAGES, WIDTH, CLASSES = 16, 24, 5
@@ -42,12 +42,12 @@ def triplet(scene: Scene) -> str:
 
 
 def distillation(scene: Scene) -> str:
-    """Cosine distillation, some images left out."""
+    """Centered cosine distillation, some images left out."""
     targets = _random(IMAGES, WIDTH, seed=11)
     return _compare(
         scene,
         _random(IMAGES, WIDTH),
-        lambda x: cosine_distillation(x, targets.to(x.device, x.dtype), VALID.to(x.device)),
+        lambda x: centered_cosine_distillation(x, targets.to(x.device, x.dtype), VALID.to(x.device)),
         lambda x: plain_losses.distillation(x, targets, VALID),
     )
 

@@ -32,12 +32,14 @@ def triplet(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 
 def distillation(embeddings: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-    """`losses.distillation`: 1 - cos(embedding, target), of valid images."""
+    """`losses.distillation`: 1 - cos(embedding - mean embedding, target - mean target), of valid images."""
+    counted = [image for image, counts in enumerate(valid.tolist()) if counts]
+    centers = [sum(rows[image] for image in counted) / len(counted) for rows in (embeddings, targets)]
     losses = []
-    for embedding, target, counts in zip(embeddings, targets, valid.tolist(), strict=True):
-        if counts:
-            lengths = embedding.square().sum().sqrt() * target.square().sum().sqrt()
-            losses.append(1 - (embedding * target).sum() / lengths)
+    for image in counted:
+        embedding, target = (rows[image] - center for rows, center in zip((embeddings, targets), centers, strict=True))
+        lengths = embedding.square().sum().sqrt() * target.square().sum().sqrt()
+        losses.append(1 - (embedding * target).sum() / lengths)
     return torch.stack(losses).mean()
 
 

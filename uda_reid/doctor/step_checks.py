@@ -63,7 +63,7 @@ def _losses(
     objective.train()
     with make_autocast(training, device):
         outputs = networks(images, cameras.to(device), {SOURCE: slice(0, IMAGES)})
-        return objective(outputs[SOURCE], labels.to(device))
+        return objective(outputs[SOURCE], labels.to(device), torch.arange(IMAGES, device=device))
 
 
 def adaptation_step(scene: Scene, *, name: str) -> str:

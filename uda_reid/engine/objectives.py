@@ -10,7 +10,7 @@ from uda_reid.engine.optimizer import Losses
 from uda_reid.errors import UserError
 from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
-from uda_reid.losses.distillation import cosine_distillation
+from uda_reid.losses.distillation import centered_cosine_distillation
 from uda_reid.losses.triplet import batch_hard_soft_margin
 from uda_reid.models.cross_instance import InterX, IntraX
 from uda_reid.models.reid_model import Classifiers, ReIDModel
@@ -72,7 +72,9 @@ class CrossInstance(nn.Module):
         """Returns one classifier for each module that is switched on."""
         return Classifiers([self.width] * len(self.settings.loss_names), classes)
 
-    def losses(self, output: GlobalOutput, labels: Tensor, classifiers: nn.Module, smoothing: float) -> Losses:
+    def losses(
+        self, output: GlobalOutput, labels: Tensor, indices: Tensor, classifiers: nn.Module, smoothing: float
+    ) -> Losses:
         """Returns the weighted losses "intra" and "inter", as far as they are switched on.
 
         IntraX: identity and triplet loss of the identity-level feature, and the distillation of it into the
@@ -82,6 +84,7 @@ class CrossInstance(nn.Module):
         Args:
             output: with its feature map, whose cells are the tokens.
             labels: [B] int64 in [0, M).
+            indices: [B] int64, equal numbers are the same image, which is not another one of its identity.
             classifiers: made by `classifiers`.
         """
         assert output.feature_map is not None
@@ -90,14 +93,16 @@ class CrossInstance(nn.Module):
         bn_embeddings: list[Tensor] = []
         valid: list[Tensor] = []
         if self.intra is not None:
-            intra = self.intra(embedding, output.feature_map, labels)
-            losses["intra"] = batch_hard_soft_margin(intra.embedding, labels) + cosine_distillation(
-                embedding, intra.embedding, intra.valid
-            )
+            intra = self.intra(embedding, output.feature_map, labels, indices)
+            distillation = centered_cosine_distillation(embedding, intra.embedding, intra.valid)
+            # An image without another one has no identity-level feature to be compared with those of its copies.
+            alone = -1 - torch.arange(len(labels), device=labels.device)
+            triplet = batch_hard_soft_margin(intra.embedding, torch.where(intra.valid, labels, alone))
+            losses["intra"] = triplet + distillation
             bn_embeddings.append(intra.bn_embedding)
             valid.append(intra.valid)
         if self.inter is not None:
-            inter = self.inter(embedding, output.feature_map, labels)
+            inter = self.inter(embedding, output.feature_map, labels, indices)
             losses["inter"] = attention_mass_loss(inter.masses, inter.valid)
             bn_embeddings.append(inter.bn_embedding)
             valid.append(inter.valid)

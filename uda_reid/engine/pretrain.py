@@ -66,14 +66,14 @@ class SourceObjective(nn.Module):
         self.cross_classifiers = None if self.cross is None else self.cross.classifiers(classes)
         self.classifiers = Classifiers(model.output_widths, classes)
 
-    def forward(self, output: GlobalOutput, labels: torch.Tensor) -> Losses:
-        """Returns the losses of a whole batch with labels [B] int64."""
+    def forward(self, output: GlobalOutput, labels: torch.Tensor, indices: torch.Tensor) -> Losses:
+        """Returns the losses of a whole batch with labels [B] int64 and numbers of the images [B] int64."""
         losses = {
             "cross_entropy": classification_loss(output.bn_embeddings, self.classifiers, labels, self.smoothing),
             "triplet": triplet_loss(output.embeddings, labels),
         }
         if self.cross is not None and self.cross_classifiers is not None:
-            losses |= self.cross.losses(output, labels, self.cross_classifiers, self.smoothing)
+            losses |= self.cross.losses(output, labels, indices, self.cross_classifiers, self.smoothing)
         return losses
 
 
@@ -134,7 +134,7 @@ def pretrain(
             with autocast:
                 outputs = network(batch.images, batch.camera_indices, batch.rows)
                 outputs = all_gather_outputs(outputs, batch.sizes)
-                losses = objective(outputs[SOURCE], batch.labels[SOURCE])
+                losses = objective(outputs[SOURCE], batch.labels[SOURCE], batch.level_indices[SOURCE])
             factor = learning_rate_factor(epoch + batch.step / steps, settings.epochs, settings.optim)
             skipped = optimizer.step(losses, factor)
             guard.update(f"step {batch.step + 1} of epoch {epoch + 1}", meter.update(losses, skipped), batch.indices)

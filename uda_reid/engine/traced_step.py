@@ -40,7 +40,7 @@ class Pretraining(Strategy):
         return [self.objective]
 
     def losses(self, outputs: Mapping[str, Any], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Losses:
-        losses: Losses = self.objective(outputs[SOURCE], labels[SOURCE])
+        losses: Losses = self.objective(outputs[SOURCE], labels[SOURCE], indices[SOURCE])
         return losses
 
 

@@ -21,7 +21,8 @@ class IntraOutput(NamedTuple):
     Fields:
         embedding: [B, D] float, before the neck: for the triplet loss and as the target of distillation.
         bn_embedding: [B, D] float, after the neck: for the classifier.
-        valid: [B] bool, images with another image of their identity in the batch; losses should ignore the rest.
+        valid: [B] bool, images with another image of their identity in the batch, copies of themselves not counted;
+            losses should ignore the rest.
     """
 
     embedding: Tensor
@@ -49,7 +50,7 @@ class HardestPairs(NamedTuple):
     """Hardest positive and negative of each anchor.
 
     Fields:
-        positive: [B] int64, index of the farthest image of the same identity.
+        positive: [B] int64, index of the farthest other image of the same identity.
         negative: [B] int64, index of the nearest image of another identity.
         valid: [B] bool, anchors that have both; the indices of the others are meaningless.
     """
@@ -124,15 +125,17 @@ class IntraX(_CrossInstanceModule):
     """Identity-level feature of an image: its vector after cross-attention to the other images of its identity.
 
     Differs from the paper (reading): an image attends to all other images of its identity in the batch at once, and
-    never to its own tokens.
+    never to its own tokens. A sampler repeats images of identities that have fewer than K; a repeated image, though
+    augmented otherwise, is not another one.
 
     Shape:
-        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64.
+        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64; indices [B] int64, equal numbers are
+        the same image.
     """
 
-    def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor) -> IntraOutput:
+    def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor, indices: Tensor) -> IntraOutput:
         tokens = feature_map.flatten(2).transpose(1, 2)
-        positive = _positives(labels)
+        positive = _positives(labels, indices)
         attended, _ = self.block(
             embedding, tokens.flatten(0, 1).unsqueeze(0), positive.repeat_interleave(tokens.shape[1], dim=1)
         )
@@ -143,36 +146,38 @@ class InterX(_CrossInstanceModule):
     """Vector of an anchor after cross-attention to its hardest positive and its hardest negative together.
 
     The loss on the attention masses trains it to prefer the positive.
-    Differs from the paper (reading): hardest by Euclidean distance between embeddings, as in the triplet loss.
+    Differs from the paper (reading): hardest by Euclidean distance between embeddings, as in the triplet loss; a
+    repeated image is not its own positive.
 
     Shape:
-        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64.
+        embedding [B, D] float; feature_map [B, C, H, W] float; labels [B] int64; indices [B] int64, equal numbers are
+        the same image.
     """
 
-    def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor) -> InterOutput:
+    def forward(self, embedding: Tensor, feature_map: Tensor, labels: Tensor, indices: Tensor) -> InterOutput:
         tokens = feature_map.flatten(2).transpose(1, 2)
-        hardest = hardest_pairs(embedding.detach(), labels)
+        hardest = hardest_pairs(embedding.detach(), labels, indices)
         pair = torch.cat([tokens[hardest.positive], tokens[hardest.negative]], dim=1)
         attended, attention = self.block(embedding, pair)
         masses = attention.mean(dim=1).unflatten(1, (2, -1)).sum(dim=2)
         return InterOutput(attended, self.neck(attended), masses, hardest.valid)
 
 
-def hardest_pairs(embedding: Tensor, labels: Tensor) -> HardestPairs:
-    """Returns the farthest image of the same identity and the nearest image of another, for each anchor.
+def hardest_pairs(embedding: Tensor, labels: Tensor, indices: Tensor) -> HardestPairs:
+    """Returns the farthest other image of the same identity and the nearest image of another, for each anchor.
 
     Args:
         embedding: [B, D] float.
         labels: [B] int64.
+        indices: [B] int64, equal numbers are the same image.
     """
     distances = euclidean_distances(embedding)
-    positive, negative = _positives(labels), labels[:, None] != labels[None]
+    positive, negative = _positives(labels, indices), labels[:, None] != labels[None]
     farthest = distances.masked_fill(~positive, -1).argmax(dim=1)
     nearest = distances.masked_fill(~negative, torch.inf).argmin(dim=1)
     return HardestPairs(farthest, nearest, positive.any(dim=1) & negative.any(dim=1))
 
 
-def _positives(labels: Tensor) -> Tensor:
+def _positives(labels: Tensor, indices: Tensor) -> Tensor:
     """Returns which images are another image of the same identity, [B, B] bool."""
-    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    return (labels[:, None] == labels[None]) & ~own
+    return (labels[:, None] == labels[None]) & (indices[:, None] != indices[None])

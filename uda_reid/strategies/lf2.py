@@ -220,12 +220,12 @@ class LF2(Strategy):
         losses: Losses = {}
         for level, output in outputs.items():
             if isinstance(output, GlobalOutput):
-                losses |= self._global_losses(output, labels[level])
+                losses |= self._global_losses(output, labels[level], indices[level])
             else:
                 losses[f"triplet_{level}"] = self.settings.part_weight * self._part_loss(output, labels[level])
         return losses
 
-    def _global_losses(self, output: GlobalOutput, labels: Tensor) -> Losses:
+    def _global_losses(self, output: GlobalOutput, labels: Tensor, indices: Tensor) -> Losses:
         smoothing, count = self.settings.label_smoothing, len(output.embeddings)
         cross_entropy = classification_loss(output.bn_embeddings, self.heads["classifiers"], labels, smoothing)
         losses = {
@@ -233,7 +233,7 @@ class LF2(Strategy):
             "triplet_global": triplet_loss(output.embeddings, labels) / count,
         }
         if self.cross is not None:
-            losses |= self.cross.losses(output, labels, self.heads["cross"], smoothing)
+            losses |= self.cross.losses(output, labels, indices, self.heads["cross"], smoothing)
         return losses
 
     def _part_loss(self, output: PartLevelOutput, labels: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ SMALL = [
 ]
 CNN, VIT, SAM = ([f"model.backbone={name}"] for name in ("cnn", "vit", "sam_ibn"))
 NO_FUSION, NO_ATTENTION, NO_ECA = (f"model.sam_ibn.{part}=false" for part in ("fusion", "attention", "eca"))
-INTRA, INTER, HEADS = (f"pretrain.cross_instance.{key}" for key in ("intra=1", "inter=1", "heads=4"))
+INTRA, INTER, HEADS = (f"pretrain.cross_instance.{key}" for key in ("intra=0.3", "inter=1", "heads=4"))
 AFTER_NECK = "model.neck_feature=after"
 # Row -> (settings that differ from the demo recipe, the row it differs from by one part, if there is one).
 SYSTEMS: dict[str, tuple[list[str], str]] = {

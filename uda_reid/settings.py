@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
-TRAINED_STRATEGIES = ("lf2", "baseline")
+TRAINED_STRATEGIES = ("lf2", "baseline", "pplr")
 STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
@@ -425,6 +425,36 @@ class LF2Settings:
             raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
 
 
+@dataclass(frozen=True)
+class PplrSettings:
+    """Strategy "pplr".
+
+    Attributes:
+        parts: horizontal stripes of the feature map, each with a neck and a classifier.
+        neighbors: k of the cross agreement.
+        beta: share of the pseudo-label in the targets of the whole image, the rest being what the parts predict.
+        warmup_epochs: in which the parts are trained by plain cross-entropy.
+        camera_weight: of the camera proxies; 0 leaves them out, as a target without known cameras does.
+        camera_temperature, camera_negatives: of the camera proxies.
+    """
+
+    parts: int = 3
+    neighbors: int = 20
+    beta: float = 0.5
+    warmup_epochs: int = 5
+    camera_weight: float = 0.5
+    camera_temperature: float = 0.07
+    camera_negatives: int = 50
+
+    def __post_init__(self) -> None:
+        _check_least("adapt.pplr", 1, parts=self.parts, neighbors=self.neighbors)
+        _check_least("adapt.pplr", 1, camera_negatives=self.camera_negatives)
+        _check_least("adapt.pplr", 0, warmup_epochs=self.warmup_epochs, camera_weight=self.camera_weight)
+        _check_fraction("adapt.pplr", beta=self.beta)
+        if self.camera_temperature <= 0:
+            raise UserError(f"adapt.pplr.camera_temperature must be above 0, got {self.camera_temperature}.")
+
+
 def section_of(strategy: str) -> str:
     """Returns the key of [adapt] under which the settings of a strategy are."""
     return strategy.replace("-", "_")
@@ -458,6 +488,7 @@ class AdaptSettings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     lf2: LF2Settings = field(default_factory=LF2Settings)
     baseline: BaselineSettings = field(default_factory=BaselineSettings)
+    pplr: PplrSettings = field(default_factory=PplrSettings)
 
     def __post_init__(self) -> None:
         _check_choice("adapt.strategy", self.strategy, STRATEGIES)

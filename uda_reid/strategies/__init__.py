@@ -10,10 +10,12 @@ from uda_reid.strategies.adabn import AdaBN
 from uda_reid.strategies.baseline import Baseline
 from uda_reid.strategies.direct import Direct
 from uda_reid.strategies.lf2 import LF2
+from uda_reid.strategies.pplr import PPLR
 
 CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
     "lf2": LF2,
     "baseline": Baseline,
+    "pplr": PPLR,
     "direct": Direct,
     "adabn": AdaBN,
 }

@@ -81,7 +81,8 @@ def test_a_large_feature_batch_is_the_peak(vit: Recipe) -> None:
 @pytest.mark.parametrize("strategy", TRAINED_STRATEGIES)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_and_strategy_can_be_traced(backbone: str, strategy: str, tiny_recipe: Recipe) -> None:
-    recipe = varied(tiny_recipe, f"model.backbone={backbone}", strategy=strategy)
+    # At 32 x 16 the map of SAM-IBN has two rows, too few for the three parts of PPLR.
+    recipe = varied(tiny_recipe, "images.height=48", f"model.backbone={backbone}", strategy=strategy)
     for stage in STAGES:
         found = estimate_memory(recipe, stage, "float16")
         assert found.step.weights > 0

@@ -101,6 +101,8 @@ SWITCHES = {
     "three parts": ("lf2", ("adapt.lf2.parts=3", "adapt.shared_batch=false")),
     "cross-instance": ("lf2", CROSS),
     **{f"baseline, {name}": ("baseline", overrides) for name, overrides in SHARED.items()},
+    **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
+    "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
 }
 
 
@@ -161,11 +163,11 @@ def test_no_clusters_at_all_change_no_weight_and_end_no_run(
     settings = ("adapt.cluster.min_samples=1000", "adapt.refresh_statistics=false", "adapt.epochs=1")
     recipe = varied(tiny_recipe, *settings, strategy=name)
     strategy = new_strategy(recipe)
-    before = weights_of(strategy)
+    before = weights_of(strategy.networks)
     (row,) = train_strategy(strategy, tiny_target, recipe)
     assert tuple(row["skipped_levels"]) == strategy.levels
     assert row["steps"] == 0
-    assert differing(weights_of(strategy), before) == []
+    assert differing(weights_of(strategy.networks), before) == []
 
 
 def test_each_level_is_clustered_by_its_own_features(tiny_recipe: Recipe) -> None:

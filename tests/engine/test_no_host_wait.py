@@ -29,6 +29,7 @@ CASES = {
     "lf2, chunks and checkpoints": ("lf2", ("training.accumulate=2", "training.checkpoint_activations=true")),
     "lf2, float16": ("lf2", ("training.precision=float16",)),
     "baseline": ("baseline", ()),
+    "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     "baseline, pinned images": ("baseline", ("images.store=pinned",)),
     "baseline, images in a file": ("baseline", ("images.store=file",)),
 }

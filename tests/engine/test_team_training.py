@@ -40,6 +40,7 @@ CASES = {
         tuple(f"adapt.lf2.cross_instance.{key}" for key in ("intra=0.1", "inter=0.1", "heads=2")),
     ),
     "baseline": ("baseline", ()),
+    "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     # A chunk of each process holds one group, of which a chunk of a single process holds two.
     "in chunks, checkpointed": (
         "lf2",

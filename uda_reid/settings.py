@@ -469,6 +469,7 @@ class AdaptSettings:
         steps: training steps an epoch.
         identities, instances: P and K of the batch of each level.
         shared_batch: one batch for all levels, drawn by the labels of the first, instead of one batch each.
+        cross_camera: draw the images of an identity from different cameras where it has them.
         refresh_statistics: re-estimate the batch-norm statistics on the target before the first epoch.
         mirror: sum the features of image and mirrored image before clustering.
         feature_batch: images encoded at a time before clustering.
@@ -480,6 +481,7 @@ class AdaptSettings:
     identities: int = 16
     instances: int = 4
     shared_batch: bool = False
+    cross_camera: bool = False
     refresh_statistics: bool = True
     mirror: bool = True
     feature_batch: int = 128
@@ -494,6 +496,20 @@ class AdaptSettings:
         _check_choice("adapt.strategy", self.strategy, STRATEGIES)
         _check_least("adapt", 1, epochs=self.epochs, steps=self.steps, feature_batch=self.feature_batch)
         _check_batch("adapt", self.identities, self.instances)
+
+    @property
+    def camera_switches(self) -> tuple[str, ...]:
+        """The settings that need to know the cameras of the images, as far as they are switched on."""
+        switches = {
+            "adapt.cross_camera": self.cross_camera,
+            "adapt.cluster.center_cameras": self.cluster.center_cameras,
+            "adapt.cluster.camera_jaccard": self.cluster.camera_jaccard,
+        }
+        return tuple(name for name, on in switches.items() if on)
+
+    def without_cameras(self) -> "AdaptSettings":
+        """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
+        return replace(self, cross_camera=False, cluster=self.cluster.without_cameras())
 
     @property
     def own(self) -> Any:

@@ -108,3 +108,32 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_nothing_to_draw_from_is_a_sentence(labels: list[int]) -> None:
     with pytest.raises(UserError, match="at least one identity"):
         sampler_of(labels, 2, 2)
+
+
+def cross_camera_groups(labels: list[int], cameras: list[int], instances: int, batches: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    sampler = IdentitySampler(np.array(labels), 2, instances, generator, np.array(cameras))
+    return [group for batch in draw(sampler, batches) for group in groups(batch, instances)]
+
+
+def test_companions_come_from_other_cameras_before_those_of_the_same() -> None:
+    random = np.random.default_rng(3)
+    labels, cameras = random.integers(0, 5, 80).tolist(), random.integers(0, 3, 80).tolist()
+    for anchor, *others in cross_camera_groups(labels, cameras, 4, 40):
+        assert len({anchor, *others}) == 4
+        assert {labels[i] for i in others} == {labels[anchor]}
+        elsewhere = sum(labels[i] == labels[anchor] and cameras[i] != cameras[anchor] for i in range(80))
+        assert sum(cameras[i] != cameras[anchor] for i in others) == min(3, elsewhere)
+
+
+def test_companions_of_a_small_or_one_camera_identity_are_what_there_is() -> None:
+    labels, cameras = [0, 0, 1, 1, 1, 1, 1], [0, 1, 2, 2, 2, 2, 2]
+    for group in cross_camera_groups(labels, cameras, 4, 20):
+        assert len(set(group)) == (2 if labels[group[0]] == 0 else 4)
+        assert {labels[i] for i in group} == {labels[group[0]]}
+
+
+def test_every_image_is_an_anchor_once_a_round() -> None:
+    labels, cameras = [0] * 6 + [1] * 6, [0, 1, 2] * 4
+    anchors = [group[0] for group in cross_camera_groups(labels, cameras, 3, 12)]
+    assert Counter(anchors) == dict.fromkeys(range(12), 2)

@@ -15,8 +15,8 @@ def reference(embeddings: Tensor, labels: Tensor) -> float:
     losses = []
     for anchor, own in enumerate(ids):
         distances = [math.dist(rows[anchor], row) for row in rows]
-        positives = [d for other, d in enumerate(distances) if ids[other] == own and other != anchor]
-        negatives = [d for other, d in enumerate(distances) if ids[other] != own]
+        positives = [d for other, d in enumerate(distances) if ids[other] == own >= 0 and other != anchor]
+        negatives = [d for other, d in enumerate(distances) if ids[other] != own and min(ids[other], own) >= 0]
         if positives and negatives:
             losses.append(math.log1p(math.exp(max(positives) - min(negatives))))
     return sum(losses) / len(losses) if losses else 0.0
@@ -35,8 +35,10 @@ def random_embeddings(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
         [0, 0, 0, 0, 1],
         [7, 8, 9, 7, 5, 5],
         [0, 1, 2, 2],
+        [-1, 0, 0, -1, 1, 1, -2],
+        [-1, -1, 2, 2, 2],
     ],
-    ids=["pairs", "interleaved", "single negative", "some without positives", "one pair"],
+    ids=["pairs", "interleaved", "single negative", "some without positives", "one pair", "outliers", "one identity"],
 )
 def test_equals_the_definition(labels: list[int], dtype: torch.dtype) -> None:
     embeddings, ids = random_embeddings(len(labels), dtype), torch.tensor(labels)

@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def triplet(embeddings: Tensor, labels: Tensor) -> float:
-    """Returns the mean of softplus(hardest positive - hardest negative), a negative label being nobody's positive."""
+    """Returns the mean of softplus(hardest positive - hardest negative) over images with a label of 0 or more."""
     points, names, found = embeddings.tolist(), labels.tolist(), []
     for i, anchor in enumerate(points):
         distances = [math.dist(anchor, point) for point in points]
         positives = [d for j, d in enumerate(distances) if j != i and names[j] == names[i] >= 0]
-        negatives = [d for j, d in enumerate(distances) if names[j] != names[i] or (j != i and names[i] < 0)]
+        negatives = [d for j, d in enumerate(distances) if names[j] != names[i] and names[j] >= 0 <= names[i]]
         if positives and negatives:
             found.append(math.log1p(math.exp(max(positives) - min(negatives))))
     return sum(found) / len(found)

@@ -14,17 +14,28 @@ class IdentitySampler:
     that all are seen. An identity with fewer than K images repeats some. Images with a negative label (outliers) are
     never drawn.
 
+    With cameras, only the first of the K images is taken from its identity's round; its companions are drawn at random,
+    those of other cameras before those of its own, as SpCL's sampler does (https://arxiv.org/abs/2006.02713).
+
     Args:
         labels: [N] integers.
         identities: P; if there are fewer, every batch holds all of them and is smaller.
         instances: K.
         generator: of the CPU.
+        cameras: [N] integers, if companions of other cameras are preferred.
 
     Raises:
         UserError: all labels are negative.
     """
 
-    def __init__(self, labels: np.ndarray, identities: int, instances: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        labels: np.ndarray,
+        identities: int,
+        instances: int,
+        generator: torch.Generator,
+        cameras: np.ndarray | None = None,
+    ) -> None:
         members = np.flatnonzero(labels >= 0)
         if len(members) == 0:
             raise UserError(
@@ -34,6 +45,7 @@ class IdentitySampler:
         members = members[np.argsort(labels[members], kind="stable")]
         _, starts = np.unique(labels[members], return_index=True)
         self._images = [images.tolist() for images in np.split(members, starts[1:])]
+        self._cameras = cameras
         self._identities = min(identities, len(self._images))
         self._instances = instances
         self._generator = generator
@@ -44,9 +56,19 @@ class IdentitySampler:
         """Returns the next batch: [P * K] int64 indices, the K images of an identity side by side."""
         batch: list[int] = []
         for identity in self._take(self._identity_queue, len(self._images), self._identities):
-            images = self._images[identity]
-            batch += [images[i] for i in self._take(self._image_queues[identity], len(images), self._instances)]
+            batch += self._draw_images(identity)
         return torch.tensor(batch)
+
+    def _draw_images(self, identity: int) -> list[int]:
+        images, queue, cameras = self._images[identity], self._image_queues[identity], self._cameras
+        if cameras is None:
+            return [images[i] for i in self._take(queue, len(images), self._instances)]
+        anchor = images[self._take(queue, len(images), 1)[0]]
+        order = torch.randperm(len(images), generator=self._generator).tolist()
+        companions = [images[i] for i in order if images[i] != anchor]
+        companions.sort(key=lambda image: bool(cameras[image] == cameras[anchor]))  # random order within each half
+        drawn = [anchor, *companions][: self._instances]
+        return [drawn[i % len(drawn)] for i in range(self._instances)]
 
     def _take(self, queue: list[int], members: int, count: int) -> list[int]:
         """Removes and returns the first `count` of a queue, which shuffled rounds of range(members) refill."""

@@ -63,7 +63,13 @@ def adapt(
         loss_scale=make_loss_scale(training, device),
     )
     batches = LevelBatches(
-        target, settings, shared=settings.shared_batch, views=strategy.views, seed=seed, device=device
+        target,
+        settings,
+        shared=settings.shared_batch,
+        views=strategy.views,
+        cross_camera=settings.cross_camera,
+        seed=seed,
+        device=device,
     )
     meter = LossMeter(strategy.loss_names, device)
     patience = training.patience + optimizer.spare_skips

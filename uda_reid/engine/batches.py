@@ -56,6 +56,7 @@ class LevelBatches:
         shared: one batch for all levels, drawn by the labels of the first; images that are outliers of another level
             have a negative label there.
         views: how often each image is augmented.
+        cross_camera: draw the images of an identity from different cameras; those of `data` must be known then.
         seed: of the run, for the augmentation.
     """
 
@@ -66,10 +67,13 @@ class LevelBatches:
         *,
         shared: bool = False,
         views: int = 1,
+        cross_camera: bool = False,
         seed: int,
         device: torch.device,
     ) -> None:
+        assert not cross_camera or data.cameras is not None
         self._data, self._settings, self._shared, self._views = data, settings, shared, views
+        self._cameras = data.cameras if cross_camera else None
         self._seed, self._device = seed, device
         self.begin_epoch({}, ())
 
@@ -82,11 +86,15 @@ class LevelBatches:
         """
         self._labels, self._seeds, self._drawn = dict(labels), list(seeds), 0
         levels = list(labels)[:1] if self._shared else list(labels)
-        identities, instances = self._settings.identities, self._settings.instances
+        # A shared batch needs only the first seed.
         self._samplers = {
-            level: IdentitySampler(labels[level].numpy(), identities, instances, torch.Generator().manual_seed(seed))
-            for level, seed in zip(levels, self._seeds, strict=False)  # a shared batch needs only the first seed
+            level: self._sampler(labels[level], seed) for level, seed in zip(levels, self._seeds, strict=False)
         }
+
+    def _sampler(self, labels: Tensor, seed: int) -> IdentitySampler:
+        cameras = self._cameras.numpy() if self._cameras is not None else None
+        generator = torch.Generator().manual_seed(seed)
+        return IdentitySampler(labels.numpy(), self._settings.identities, self._settings.instances, generator, cameras)
 
     @property
     def size(self) -> int:

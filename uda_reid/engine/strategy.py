@@ -97,7 +97,7 @@ class Strategy(nn.Module):
             cameras: [N] int64 from 0, of all target images, on the CPU; None where they are not known.
             seed: of k-means.
         """
-        return pseudo_labels(features, settings, seed=seed)
+        return pseudo_labels(features, settings, cameras=cameras, seed=seed)
 
     def begin_epoch(
         self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None

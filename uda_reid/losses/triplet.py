@@ -15,21 +15,24 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
 
         mean over anchors of softplus(max d(anchor, positive) - min d(anchor, negative)), d Euclidean
 
-    Anchors without another image of their identity, or without an image of another identity, are left out.
+    Anchors without another image of their identity, or without an image of another identity, are left out. An image
+    with a negative label is neither anchor, positive nor negative: it may show the same person as any other.
 
     Args:
         embeddings: [B, D] float, before the neck, not normalized.
-        labels: [B] int64.
+        labels: [B] int64, negative for images that belong to no identity.
 
     Returns:
         Scalar float32 or wider, at least 0; 0 with a zero gradient where no anchor is left.
     """
     distances = euclidean_distances(embeddings)
+    known = (labels >= 0)[:, None] & (labels >= 0)[None]
     same = labels[:, None] == labels[None]
-    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = known & same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    negative = known & ~same
     hardest_positive = distances.masked_fill(~positive, 0).amax(dim=1)
-    hardest_negative = distances.masked_fill(same, torch.finfo(distances.dtype).max).amin(dim=1)
-    usable = positive.any(dim=1) & ~same.all(dim=1)
+    hardest_negative = distances.masked_fill(~negative, torch.finfo(distances.dtype).max).amin(dim=1)
+    usable = positive.any(dim=1) & negative.any(dim=1)
     # Masks instead of indexing: the number of usable anchors is never read back from the device.
     losses = F.softplus(hardest_positive - hardest_negative) * usable
     return losses.sum() / usable.sum().clamp(min=1)

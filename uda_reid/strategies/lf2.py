@@ -215,7 +215,7 @@ class LF2(Strategy):
     ) -> Losses:
         """Returns CE(global), T(global), w T(part) of each part, and the X-ReID losses.
 
-        Where all levels share one batch, labels of a part may be negative: an outlier is nobody's positive.
+        Where all levels share one batch, labels of a part may be negative: such an outlier has no triplet there.
         """
         losses: Losses = {}
         for level, output in outputs.items():
@@ -238,7 +238,7 @@ class LF2(Strategy):
 
     def _part_loss(self, output: PartLevelOutput, labels: Tensor) -> Tensor:
         embeddings = [output.local] if output.fused is None else [output.local, output.fused]
-        return triplet_loss(embeddings, _outliers_apart(labels)) / len(embeddings)
+        return triplet_loss(embeddings, labels) / len(embeddings)
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the teacher towards the student."""
@@ -249,9 +249,3 @@ class LF2(Strategy):
 def level_names(parts: int) -> tuple[str, ...]:
     """Returns the levels of clustering: the whole image first, then its stripes from top to bottom."""
     return (GLOBAL, "upper", "lower") if parts == 2 else (GLOBAL, *(f"part{j + 1}" for j in range(parts)))
-
-
-def _outliers_apart(labels: Tensor) -> Tensor:
-    """Gives each negative label a class of its own."""
-    own = -1 - torch.arange(len(labels), device=labels.device)
-    return torch.where(labels < 0, own, labels)

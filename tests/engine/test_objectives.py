@@ -147,9 +147,8 @@ def expected_losses(
         distillation = looped_distillation(embedding, intra.embedding, valid)
         logits = intra.bn_embedding @ heads.pop(0).weight.T
         identity = looped_cross_entropy(logits, labels, smoothing, valid)
-        triplet = looped_triplet(
-            intra.embedding, torch.tensor([-1 - i if not v else labels[i] for i, v in enumerate(valid)])
-        )
+        counted = [image for image, counts in enumerate(valid) if counts]
+        triplet = looped_triplet(intra.embedding[counted], labels[counted])
         found["intra"] = settings.intra * (triplet + distillation + identity)
     if settings.inter:
         inter = objective.inter(embedding, output.feature_map, labels, indices)

@@ -95,9 +95,8 @@ class CrossInstance(nn.Module):
         if self.intra is not None:
             intra = self.intra(embedding, output.feature_map, labels, indices)
             distillation = centered_cosine_distillation(embedding, intra.embedding, intra.valid)
-            # An image without another one has no identity-level feature to be compared with those of its copies.
-            alone = -1 - torch.arange(len(labels), device=labels.device)
-            triplet = batch_hard_soft_margin(intra.embedding, torch.where(intra.valid, labels, alone))
+            # An image without another one has no identity-level feature, so its triplets are left out.
+            triplet = batch_hard_soft_margin(intra.embedding, labels.masked_fill(~intra.valid, -1))
             losses["intra"] = triplet + distillation
             bn_embeddings.append(intra.bn_embedding)
             valid.append(intra.valid)

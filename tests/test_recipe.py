@@ -194,6 +194,8 @@ def test_the_stages_are_those_that_the_recipe_has_sections_for(
         ("adapt.epochs=20", 20),
         ("adapt.lf2.part_weight=1", 1.0),
         ("adapt.cluster.eps=5e-1", 0.5),
+        ("adapt.cluster.eps=auto", "auto"),
+        ("adapt.cluster.k1=auto", "auto"),
         ("adapt.refresh_statistics=false", False),
         ("model.cnn.name=resnet18", "resnet18"),
         ('model.cnn.name="resnet18"', "resnet18"),

@@ -14,9 +14,16 @@ import msgspec
 import tomli_w
 
 from uda_reid.errors import UserError
-from uda_reid.settings import STRATEGIES, AdaptSettings, Recipe, Switch, section_of
+from uda_reid.settings import STRATEGIES, AdaptSettings, AutoFloat, AutoInt, Recipe, Switch, section_of
 
 T = TypeVar("T")
+
+# What an error calls the types that "auto" belongs to.
+EXPECTED = {
+    Switch: 'true, false or "auto"',
+    AutoInt: 'a whole number or "auto"',
+    AutoFloat: 'a number or "auto"',
+}
 
 
 def recipe_folder() -> Path:
@@ -181,8 +188,8 @@ def _read_value(hint: Any, value: Any, path: str) -> Any:
     except msgspec.ValidationError as error:  # "Expected `float`, got `str` - at `$[2]`"
         reason = str(error).replace("`", "").replace(" - at $", " at ")
         reason = reason.replace("array", "a list").replace("object", "a table")
-        if hint == Switch:
-            reason = 'expected true, false or "auto"'
+        if hint in EXPECTED:
+            reason = f"expected {EXPECTED[hint]}"
         raise UserError(f"Recipe key '{path}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}.") from error
 
 

@@ -112,6 +112,29 @@ def test_name_of_the_labels_is_kept(features: Path, tmp_path: Path) -> None:
     assert np.load(tmp_path / "labels").shape == (108,)
 
 
+def test_auto_shows_what_was_chosen(features: Path, tmp_path: Path) -> None:
+    result = call(features, tmp_path / "labels.npy", "--k1", "auto", "--eps", "auto")
+    assert result.exit_code == 0
+    expected = pseudo_labels(torch.from_numpy(people()), ClusterSettings(k1="auto", eps="auto"), seed=0)
+    np.testing.assert_array_equal(np.load(tmp_path / "labels.npy"), expected.labels.numpy())
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert (summary["settings"]["k1"], summary["settings"]["eps"]) == (expected.k1, expected.eps)
+    assert summary["edges"] == expected.edges
+    assert summary["notes"] == []
+
+
+def test_a_merge_lowers_one_eps_but_not_several(tmp_path: Path) -> None:
+    angles = np.linspace(0, 6, 200, dtype=np.float32)
+    np.save(tmp_path / "chain.npy", np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    options = ("--k1", "8", "--k2", "2")
+    result = call(tmp_path / "chain.npy", tmp_path / "labels.npy", *options)
+    assert "one cluster held 100% of the clustered images (200)" in " ".join(result.stderr.split()).lower()
+    assert json.loads(result.stdout.splitlines()[-1])["settings"]["eps"] < 0.6
+    for others in (("--largest-share", "1"), ("--eps", "0.5,0.6")):
+        result = call(tmp_path / "chain.npy", tmp_path / "labels.npy", *options, *others)
+        assert json.loads(result.stdout.splitlines()[-1])["notes"] == []
+
+
 @pytest.mark.slow
 def test_two_processes_under_torchrun(features: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -157,6 +180,8 @@ def test_refuses_other_files(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--eps", "near"], "--eps must be a number"),
+        (["--k1", "few"], "--k1 must be a whole number or auto, got 'few'"),
+        (["--k1", "auto", "--eps", "0.5,0.6"], "--k1 must be a number with several values of --eps"),
         (["--eps", "0.5,1.2"], "--eps must be above 0 and below 1"),
         (["--k1", "3"], "k2 must be between 1 and cluster.k1, got k1 = 3 and k2 = 6"),
         (["--device", "toaster"], "toaster"),

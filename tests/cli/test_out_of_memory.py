@@ -62,7 +62,7 @@ def test_in_a_step_every_setting_that_helps_is_named_with_its_value(
             "or --set adapt.feature_batch=64, of which",
         ),
         ("uda_reid.models.part_fusion.PartReIDModel.forward", "the extraction of features", "feature_batch=64"),
-        ("uda_reid.clustering.pseudo_labels.build_graph", "the clustering", "--set images.store=pinned"),
+        ("uda_reid.clustering.pseudo_labels.build_graphs", "the clustering", "--set images.store=pinned"),
         ("uda_reid.data.image_store.choose_storage", "the decoding of images", "--set images.store=pinned"),
         ("uda_reid.engine.evaluate.evaluate_ranking", "the test", "with --set evaluate.batch=64."),
     ],
@@ -94,7 +94,7 @@ def test_what_the_recipe_has_already_is_not_named(
 
 def test_without_a_run_other_devices_are_left(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save("features.npy", np.random.default_rng(0).random((40, 4), dtype=np.float32))
-    monkeypatch.setattr("uda_reid.clustering.dbscan.dbscan", fail)
+    monkeypatch.setattr("uda_reid.clustering.selection.dbscan", fail)
     text = refused(invoke("cluster", "features.npy", "--out", "labels.npy"))
     assert_sentence(text, "cluster ran out of GPU memory", "use --device cpu, or several GPUs with torchrun")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.processes import run_in_processes
 from tests.simulated_cuda import without_gpu
-from uda_reid.clustering import pseudo_labels as clustering
+from uda_reid.clustering import selection
 from uda_reid.clustering.dbscan import dbscan
 from uda_reid.clustering.pseudo_labels import centroids, pseudo_labels
 from uda_reid.clustering.stages import StageTimer, build_graph
@@ -121,7 +121,7 @@ def results_on_gpus(features: Tensor) -> dict[str, Any]:
     found = results(own, ShardedBank(normalize_shard(own)).search(SETTINGS.k1))
     with pytest.MonkeyPatch.context() as patch:
         if rank() == 1:  # finds other labels, as another order of sums may make it
-            patch.setattr(clustering, "dbscan", lambda graph, **given: dbscan(graph, **given).flip(0))
+            patch.setattr(selection, "dbscan", lambda graph, **given: dbscan(graph, **given).flip(0))
         found["labels of the main process"] = (pseudo_labels(own, SETTINGS, seed=0).labels,)
     return {name: tuple(tensor.cpu() for tensor in tensors) for name, tensors in found.items()}
 

@@ -8,7 +8,7 @@ import click
 
 from uda_reid.cli.options import PATH, device_option, json_option
 from uda_reid.errors import UserError
-from uda_reid.settings import SEARCH_BACKENDS, ClusterSettings
+from uda_reid.settings import SEARCH_BACKENDS, AutoInt, ClusterSettings
 
 STAGES = ("read", "neighbours", "jaccard", "dbscan")
 
@@ -16,13 +16,13 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
 @click.command()
 @click.argument("features", type=PATH)
 @click.option("--out", type=PATH, required=True, help="Where to write the labels (.npy).")
-@click.option("--k1", default=ClusterSettings.k1, show_default=True, help="Size of the neighbor lists.")
+@click.option("--k1", default=str(ClusterSettings.k1), show_default=True, help="Size of the neighbor lists, or auto.")
 @click.option("--k2", default=ClusterSettings.k2, show_default=True, help="Rows averaged in the query expansion.")
 @click.option(
     "--eps",
     default=str(ClusterSettings.eps),
     show_default=True,
-    help="Largest distance between neighbours; several: 0.5,0.6.",
+    help="Largest distance between neighbours, or auto; several: 0.5,0.6.",
 )
 @click.option(
     "--min-samples",
@@ -42,6 +42,12 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
 @click.option(
     "--k2-inter", default=ClusterSettings.k2_inter, show_default=True, help="Its rows averaged of other cameras."
 )
+@click.option(
+    "--largest-share",
+    default=ClusterSettings.largest_share,
+    show_default=True,
+    help="Share of one cluster from which on eps is lowered; not with several eps.",
+)
 @device_option
 @click.option(
     "--backend",
@@ -54,7 +60,7 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
 def cluster(
     features: Path,
     out: Path,
-    k1: int,
+    k1: str,
     k2: int,
     eps: str,
     min_samples: int,
@@ -64,6 +70,7 @@ def cluster(
     k1_inter: int,
     k2_intra: int,
     k2_inter: int,
+    largest_share: float,
     device: str,
     backend: str,
     json_path: Path | None,
@@ -72,8 +79,8 @@ def cluster(
 
     FEATURES may also be a .npz file with features and camera_ids (integers [N]), which the options for cameras need.
 
-    Writes int64 labels [N], -1 for outliers; with several values of eps [N, values], from one graph. Under torchrun the
-    processes share the features.
+    Writes int64 labels [N], -1 for outliers; with several values of eps [N, values], from one graph. "auto" chooses eps
+    or k1 without labels. Under torchrun the processes share the features.
     """
     import numpy as np
     import torch
@@ -81,16 +88,17 @@ def cluster(
     from uda_reid import distributed
     from uda_reid.cli.feature_files import check_output, load_features, write_summary
     from uda_reid.cli.start import join_processes
-    from uda_reid.clustering.dbscan import OUTLIER, dbscan
-    from uda_reid.clustering.stages import StageTimer, build_graph
-    from uda_reid.retrieval.jaccard import is_within
+    from uda_reid.clustering.dbscan import OUTLIER
+    from uda_reid.clustering.selection import choose_clusters, clusters_at
+    from uda_reid.clustering.stages import StageTimer, build_graphs
 
     values = _parse_eps(eps)
     settings = ClusterSettings(
-        k1=k1,
+        k1=_parse_k1(k1),
         k2=k2,
-        eps=max(values),
+        eps="auto" if values is None else max(values),
         min_samples=min_samples,
+        largest_share=largest_share,
         backend=backend,
         center_cameras=center_cameras,
         camera_jaccard=camera_jaccard,
@@ -99,6 +107,9 @@ def cluster(
         k2_intra=k2_intra,
         k2_inter=k2_inter,
     )
+    is_sweep = values is not None and len(values) > 1
+    if is_sweep and settings.k1 == "auto":
+        raise UserError(f"--k1 must be a number with several values of --eps, got auto and '{eps}'; give one eps.")
     rows, camera_ids = load_features(features)
     cameras = None if camera_ids is None else camera_ids.unique(return_inverse=True)[1]
     for path in filter(None, (out, json_path)):
@@ -118,35 +129,44 @@ def cluster(
         bank = torch.from_numpy(np.array(rows[distributed.shard(len(rows))])).to(own_device)
         timer.stop("read")
         on_stage("read", 1)
-        graph = build_graph(bank, settings, timer, cameras=cameras, on_stage=on_stage, on_recall=recall.append)
-        columns = []
-        for number, value in enumerate(values, start=1):
-            columns.append(dbscan(graph, eps=value, min_samples=min_samples).cpu())
-            on_stage("dbscan", number / len(values))
+        graphs = build_graphs(bank, settings, timer, cameras=cameras, on_stage=on_stage, on_recall=recall.append)
+        if values is not None and is_sweep:
+            number, graph = next(graphs)
+            choices = [clusters_at(graph, value, number, settings) for value in values]
+        else:
+            choices = [choose_clusters(graphs, settings)]
+        on_stage("dbscan", 1)
         timer.stop("dbscan")
     if not distributed.is_main():
         return
 
+    columns = [choice.labels.cpu() for choice in choices]
     with out.open("wb") as file:
-        np.save(file, (torch.stack(columns, dim=1) if len(values) > 1 else columns[0]).numpy())
-    found = {
+        np.save(file, (torch.stack(columns, dim=1) if is_sweep else columns[0]).numpy())
+    found: dict[str, list[float]] = {
         "clusters": [int(labels.max()) + 1 for labels in columns],
         "outliers": [int((labels == OUTLIER).sum()) for labels in columns],
-        "edges": [int(is_within(graph.distances, value).sum()) // 2 for value in values],
+        "edges": [choice.edges for choice in choices],
     }
-    reporter.table(["eps", *found], [list(map(str, row)) for row in zip(values, *found.values(), strict=True)])
+    used: dict[str, list[float]] = {"k1": [choice.k1 for choice in choices], "eps": [choice.eps for choice in choices]}
+    shown = used | found
+    reporter.table(list(shown), [list(map(str, row)) for row in zip(*shown.values(), strict=True)])
+    notes = [note for choice in choices for note in choice.notes]
+    for note in notes:
+        reporter.warn(f"{note[0].upper()}{note[1:]}")
     reporter.say(", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timer.seconds.items()))
     if recall[-1] < 1:
         reporter.warn(f"The search was approximate: it found {recall[-1]:.2%} of the neighbours.")
     summary = {
         "features": len(rows),
         "dimension": rows.shape[1],
-        **{name: per_value if len(values) > 1 else per_value[0] for name, per_value in found.items()},
+        **{name: per_value if is_sweep else per_value[0] for name, per_value in found.items()},
         "settings": {
-            "k1": k1,
+            "k1": used["k1"][0],
             "k2": k2,
-            "eps": values if len(values) > 1 else values[0],
+            "eps": used["eps"] if is_sweep else used["eps"][0],
             "min_samples": min_samples,
+            "largest_share": largest_share,
             "backend": backend,
             "center_cameras": settings.center_cameras,
             "camera_jaccard": settings.camera_jaccard,
@@ -155,6 +175,7 @@ def cluster(
             "k2_intra": k2_intra,
             "k2_inter": k2_inter,
         },
+        "notes": notes,
         "recall": recall[-1],
         "device": str(own_device),
         "processes": processes,
@@ -167,12 +188,24 @@ def cluster(
     write_summary(summary, json_path)
 
 
-def _parse_eps(text: str) -> list[float]:
-    """Returns the values of "0.6" or "0.5,0.6,0.7"."""
+def _parse_eps(text: str) -> list[float] | None:
+    """Returns the values of "0.6" or "0.5,0.6,0.7"; None for "auto"."""
+    if text == "auto":
+        return None
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"--eps must be a number, or several separated by commas, got '{text}'.") from error
+        raise UserError(f"--eps must be a number, several separated by commas, or auto, got '{text}'.") from error
     if not all(0 < value < 1 for value in values):
         raise UserError(f"--eps must be above 0 and below 1, got '{text}'.")
     return values
+
+
+def _parse_k1(text: str) -> AutoInt:
+    """Returns the number, or "auto"."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"--k1 must be a whole number or auto, got '{text}'.") from error

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uda_reid.clustering.dbscan import OUTLIER, dbscan
+from uda_reid.clustering.dbscan import OUTLIER
 from uda_reid.clustering.kmeans import kmeans
-from uda_reid.clustering.stages import StageTimer, build_graph, comparable_rows
+from uda_reid.clustering.selection import choose_clusters
+from uda_reid.clustering.stages import StageTimer, build_graphs, comparable_rows
 from uda_reid.distributed import all_gather, broadcast, is_main, shard_sizes, world_size
 from uda_reid.errors import UserError
 from uda_reid.retrieval.normalize import normalize_shard
@@ -23,11 +24,17 @@ class PseudoLabels:
         labels: [N] int64 on the CPU, OUTLIER where a point belongs to no cluster.
         edges: pairs within eps (zero for k-means).
         seconds: by stage.
+        eps, k1: with which they were found: those of the settings, or what was chosen; None for k-means. With
+            CA-Jaccard k1 is the length of both lists together.
+        notes: sentences for the user, such as that eps was lowered and why.
     """
 
     labels: Tensor
     edges: int
     seconds: dict[str, float]
+    eps: float | None = None
+    k1: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def clusters(self) -> int:
@@ -67,14 +74,14 @@ def pseudo_labels(
     assert cameras is not None or not settings.uses_cameras, "settings that use cameras need them"
     timer = StageTimer(features.device)
     if settings.method == "kmeans":
-        labels, edges = _kmeans_of_shards(comparable_rows(features, settings, cameras), settings.clusters, seed), 0
+        labels = _kmeans_of_shards(comparable_rows(features, settings, cameras), settings.clusters, seed)
+        broadcast([labels])  # of the main process, which alone has computed them
+        found = PseudoLabels(labels.cpu(), 0, timer.seconds)
     else:
-        graph = build_graph(features, settings, timer, cameras=cameras)
-        labels, edges = dbscan(graph, eps=settings.eps, min_samples=settings.min_samples), graph.edges
-    broadcast([labels])  # sums on a GPU or over several threads are not the same twice
-    labels = labels.cpu()
+        choice = choose_clusters(build_graphs(features, settings, timer, cameras=cameras), settings)
+        found = PseudoLabels(choice.labels.cpu(), choice.edges, timer.seconds, choice.eps, choice.k1, choice.notes)
     timer.stop(settings.method)
-    return PseudoLabels(labels, edges, timer.seconds)
+    return found
 
 
 def centroids(features: Tensor, labels: Tensor) -> Tensor:

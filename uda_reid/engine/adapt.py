@@ -45,7 +45,7 @@ def adapt(
         state: position of the run; a resumed one continues from there.
 
     Returns:
-        One row an epoch: clusters, outliers and skipped levels, losses, steps, skipped steps, speed, seconds.
+        One row an epoch: clusters, outliers, eps, k1 and skipped levels, losses, steps, skipped steps, speed, seconds.
 
     Raises:
         UserError: consecutive steps were not finite, or there are more processes than a batch can serve.
@@ -137,7 +137,10 @@ def refresh_statistics(
 
 
 def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: TrainingReport) -> dict[str, Any]:
-    """Returns what the epoch's row says about clustering, and warns of levels that are skipped."""
+    """Returns what the epoch's row says about clustering, and warns of levels that are skipped or were changed."""
+    for level, found in labels.items():
+        for note in found.notes:
+            report.warn(f"epoch {epoch + 1}, {level} level: {note}")
     skipped = [level for level, found in labels.items() if not found.has_clusters]
     for level in skipped:
         found = labels[level]
@@ -149,6 +152,8 @@ def _clustering_row(epoch: int, labels: Mapping[str, PseudoLabels], report: Trai
         "epoch": epoch + 1,
         "clusters": {level: found.clusters for level, found in labels.items()},
         "outliers": {level: found.outliers for level, found in labels.items()},
+        "eps": {level: found.eps for level, found in labels.items()},
+        "k1": {level: found.k1 for level, found in labels.items()},
         "skipped_levels": skipped,
     }
 

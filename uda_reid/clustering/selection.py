@@ -1,0 +1,177 @@
+"""eps and k1 of a clustering chosen without labels, and a guard against clusters that merge many people.
+
+- eps: the value of EPS_GRID whose clusters have the greatest mean silhouette (Rousseeuw, "Silhouettes: a graphical aid
+  to the interpretation and validation of cluster analysis", J. Comput. Appl. Math. 1987) in the Jaccard distance.
+- k1: the value of K1_GRID nearest to twice the mean size of the clusters that it leads to, by ratio.
+- guard: while one cluster holds more than a share of all clustered images, and more than PERSON_LISTS k1 images, eps
+  is lowered along EPS_GRID.
+
+How each was found, and what failed, is in EXPERIMENTS.md.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import inf, log
+
+import torch
+from torch import Tensor
+
+from uda_reid.clustering.dbscan import OUTLIER, dbscan
+from uda_reid.distributed import broadcast, broadcast_text
+from uda_reid.retrieval.jaccard import SparseGraph, is_within
+from uda_reid.settings import EPS_GRID, ClusterSettings
+
+# A list of k1 neighbors is about as long as a person has images, so a cluster of several lists is hardly one person.
+PERSON_LISTS = 4
+_FIXED_POINT = 2**30  # sums of integers are the same in every order and on every device
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Clusters, and the settings that led to them.
+
+    Attributes:
+        labels: [N] int64, on the device of the graph.
+        eps, k1: with which they were found.
+        edges: pairs within eps.
+        notes: sentences for the user on what was changed.
+    """
+
+    labels: Tensor
+    eps: float
+    k1: int
+    edges: int
+    notes: tuple[str, ...] = ()
+
+
+def choose_clusters(graphs: Iterable[tuple[int, SparseGraph]], settings: ClusterSettings) -> Choice:
+    """Returns the clusters of the graph with the best k1, at the best eps where `settings` leave it open. Collective.
+
+    Args:
+        graphs: k1 and the pairs at most `settings.graph_eps` apart, for each of `settings.k1_values`
+            (`stages.build_graphs`).
+
+    Returns:
+        The choice of the main process on every process, since sums on a GPU or over several threads are not the same
+        twice.
+    """
+    choices = [lower_until_apart(graph, choose_eps(graph, k1, settings), settings) for k1, graph in graphs]
+    choice = min(choices, key=lambda choice: list_mismatch(choice.labels, choice.k1))
+    broadcast([choice.labels])
+    others = {"eps": choice.eps, "k1": choice.k1, "edges": choice.edges, "notes": choice.notes}
+    others = json.loads(broadcast_text(json.dumps(others), choice.labels.device))
+    return replace(choice, **others | {"notes": tuple(others["notes"])})
+
+
+def clusters_at(graph: SparseGraph, eps: float, k1: int, settings: ClusterSettings) -> Choice:
+    """Returns the clusters of DBSCAN at an eps up to `graph.eps`."""
+    labels = dbscan(graph, eps=eps, min_samples=settings.min_samples)
+    return Choice(labels, eps, k1, int(is_within(graph.distances, eps).sum()) // 2)
+
+
+def choose_eps(graph: SparseGraph, k1: int, settings: ClusterSettings) -> Choice:
+    """Returns the clusters at `settings.eps`, or for "auto" those of EPS_GRID with the greatest mean silhouette."""
+    if settings.eps != "auto":
+        return clusters_at(graph, settings.eps, k1, settings)
+    found = [clusters_at(graph, eps, k1, settings) for eps in EPS_GRID]
+    # Beyond these digits the order of a sum would decide; of equals the first and therefore strictest is taken.
+    return max(found, key=lambda choice: round(mean_silhouette(graph, choice.labels), 9))
+
+
+def lower_until_apart(graph: SparseGraph, choice: Choice, settings: ClusterSettings) -> Choice:
+    """Returns the choice, or if one of its clusters has merged people that of the next eps of EPS_GRID without such.
+
+    Where no eps is low enough the lowest is taken.
+
+    Args:
+        choice: of this graph.
+    """
+    if not _has_merged(choice, settings):
+        return choice
+    lowered = choice
+    for eps in reversed([eps for eps in EPS_GRID if eps < choice.eps]):
+        lowered = clusters_at(graph, eps, choice.k1, settings)
+        if not _has_merged(lowered, settings):
+            break
+    size, share = largest_cluster(choice.labels)
+    outcome = f"eps was lowered from {choice.eps:g} to {lowered.eps:g}" if lowered.eps < choice.eps else "eps stays"
+    if _has_merged(lowered, settings):
+        outcome += f", the lowest in use, where one still holds {largest_cluster(lowered.labels)[1]:.0%}"
+    note = (
+        f"one cluster held {share:.0%} of the clustered images ({size:,}), which looks like many people merged, so "
+        f"{outcome}; if people do have that many images, raise cluster.k1 or cluster.largest_share."
+    )
+    return replace(lowered, notes=(note,))
+
+
+def largest_cluster(labels: Tensor) -> tuple[int, float]:
+    """Returns the number of images in the largest cluster, and its share of all clustered images; zeros for none.
+
+    Args:
+        labels: [N] int64, OUTLIER where an image is in no cluster.
+    """
+    sizes = torch.bincount(labels[labels != OUTLIER])
+    if len(sizes) == 0:
+        return 0, 0.0
+    return int(sizes.max()), int(sizes.max()) / int(sizes.sum())
+
+
+def list_mismatch(labels: Tensor, k1: int) -> float:
+    """Returns |log(2 s / k1)| for clusters of mean size s, infinity if there are none.
+
+    Lists should be about as long as people have images. Clusters miss some of those (outliers, and people who are
+    split), hence the two.
+
+    Args:
+        labels: [N] int64, OUTLIER where an image is in no cluster.
+    """
+    clusters = int(labels.max()) + 1
+    return abs(log(2 * int((labels != OUTLIER).sum()) / clusters / k1)) if clusters else inf
+
+
+def mean_silhouette(graph: SparseGraph, labels: Tensor) -> float:
+    """Returns the mean silhouette of all points, where outliers count as 0.
+
+        s_i = (b_i - a_i) / max(a_i, b_i)
+
+    a_i is the mean distance to the other points of i's cluster, b_i the least mean distance to those of another one;
+    s_i = 0 in a cluster of one, and where both are 0. A pair that the graph does not hold counts as 1 apart. Outliers
+    are no cluster of their own, so they are nobody's neighbors.
+
+    Differs from the paper: outliers, and the bound of the graph.
+
+    Args:
+        graph: distances between N points, linear time and memory in its pairs.
+        labels: [N] int64, OUTLIER or 0..M-1, on the device of the graph.
+
+    Returns:
+        -1..1.
+    """
+    sizes = torch.bincount(labels[labels != OUTLIER])
+    if len(sizes) == 0:
+        return 0.0
+    rows = torch.repeat_interleave(graph.indptr.diff())
+    counted = (labels[rows] != OUTLIER) & (labels[graph.indices] != OUTLIER)
+    rows, clusters = rows[counted], labels[graph.indices[counted]]
+    nearness = ((1 - graph.distances[counted].to(torch.float64)) * _FIXED_POINT).round().to(torch.int64)
+
+    # Sums over the pairs of a point and a cluster that have any.
+    cells, cell_of = torch.unique(rows * len(sizes) + clusters, return_inverse=True)
+    sums = torch.zeros_like(cells).index_add_(0, cell_of, nearness).to(torch.float64) / _FIXED_POINT
+    rows, clusters = cells // len(sizes), cells % len(sizes)
+    own = clusters == labels[rows]
+
+    inside = labels != OUTLIER
+    own_sizes = torch.where(inside, sizes[labels.clamp_min(0)], 1)
+    a, b = torch.ones(2, len(labels), dtype=torch.float64, device=labels.device)
+    a[rows[own]] -= sums[own] / (own_sizes[rows[own]] - 1)
+    b.scatter_reduce_(0, rows[~own], 1 - sums[~own] / sizes[clusters[~own]], "amin")
+    larger = torch.maximum(a, b)
+    silhouettes = torch.where((own_sizes > 1) & (larger > 0), (b - a) / larger, 0)
+    return float(silhouettes.mean())
+
+
+def _has_merged(choice: Choice, settings: ClusterSettings) -> bool:
+    size, share = largest_cluster(choice.labels)
+    return share > settings.largest_share and size > PERSON_LISTS * choice.k1

@@ -23,7 +23,8 @@ from uda_reid.retrieval.search.ring import ShardedBank
 from uda_reid.settings import ClusterSettings
 
 Bank = Callable[..., np.ndarray]
-SETTINGS = ClusterSettings(camera_jaccard=True, eps=0.7)
+# Without the guard, which would lower eps where the banks merge.
+SETTINGS = ClusterSettings(camera_jaccard=True, eps=0.7, largest_share=1.0)
 TIE = 1e-6
 EPSILONS = (0.35, 0.5, 0.6, 0.7)
 
@@ -176,7 +177,7 @@ def test_the_graph_refuses_settings_out_of_range() -> None:
 def test_only_dbscan_needs_the_cameras() -> None:
     assert SETTINGS.uses_cameras
     assert not replace(SETTINGS, method="kmeans").uses_cameras
-    assert SETTINGS.without_cameras() == ClusterSettings(eps=0.7)
+    assert SETTINGS.without_cameras() == ClusterSettings(eps=0.7, largest_share=1.0)
 
 
 def sharded(features: Tensor, cameras: Tensor, device: str) -> dict[str, tuple[Tensor, ...]]:

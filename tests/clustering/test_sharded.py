@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = ClusterSettings(k1=12, k2=4, eps=0.7, clusters=9)
 KMEANS = replace(SETTINGS, method="kmeans")
+AUTO = replace(SETTINGS, k1="auto", eps="auto")
 REFUSED = {"row": SETTINGS, "clusters": replace(KMEANS, clusters=10), "backend": replace(SETTINGS, backend="faiss")}
 CPU = torch.device("cpu")
 
@@ -38,11 +39,14 @@ CPU = torch.device("cpu")
 def results(features: Tensor, neighbours: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """What every process must agree on with a single one; `features` are this process's rows."""
     graph = build_graph(features, SETTINGS, StageTimer(features.device))
-    found = pseudo_labels(features, SETTINGS, seed=0)
+    found, chosen = (pseudo_labels(features, settings, seed=0) for settings in (SETTINGS, AUTO))
+    assert chosen.eps is not None
+    assert chosen.k1 is not None
     return {
         "neighbours": neighbours,
         "graph": (graph.indices, graph.distances),
         "labels": (found.labels, torch.tensor(found.edges)),
+        "chosen": (chosen.labels, torch.tensor([chosen.edges, chosen.k1, chosen.eps])),
         "k-means": (pseudo_labels(features, KMEANS, seed=3).labels,),
         "centroids": (centroids(features, found.labels),),
     }

@@ -62,11 +62,11 @@ class Section:
         return statistics.fmean(shared) if shared else None
 
     def gap_closed(self, row: str) -> float | None:
-        """Returns the gain over the source model, as a share of the gap to supervised training."""
+        """Returns the gain over the source model, as a share of the gap to supervised training; None without a gap."""
         low, mine, high = (self.maps(name) for name in (DIRECT, row, SUPERVISED))
         shared = [run for run in mine if run in low and run in high]
         gap = sum(high[run] - low[run] for run in shared)
-        return sum(mine[run] - low[run] for run in shared) / gap if gap else None
+        return sum(mine[run] - low[run] for run in shared) / gap if gap > 0 else None
 
 
 def report_lines(rows: Mapping[str, Figures]) -> list[str]:
@@ -94,12 +94,12 @@ def preface(rows: Mapping[str, Figures]) -> list[str]:
     used = {row["row"] for row in rows.values()}
     remarks = [f"- `{row.name}`: {row.remark}." for row in ROWS.values() if row.remark and row.name in used]
     return [
-        "mAP and Rank-1 in percent, last epoch, mean ± standard deviation over pairs and seeds (in the column of a pair, "
-        "over seeds). All rows of a pair and seed start from the same source model and take the batches, optimizer and "
+        "mAP and Rank-1 in percent, last epoch, mean ± standard deviation over pairs and seeds (of one pair, over "
+        "seeds). All rows of a pair and seed start from the same source model and take the batches, optimizer and "
         f"epochs of the recipe; the budget is what `{REFERENCE}` takes, and the others get as many steps an epoch as "
         "fit into it. Image-forwards are images through a network, student or teacher, in training and in extraction. "
-        "Seconds are processor time of the adaptation, tests aside (of `supervised`, with decoding and test); memory is "
-        "the peak of the process, torch and tests included. The gap closed is the gain over `direct` as a share of "
+        "Seconds are processor time of the adaptation, tests aside (of `supervised`, with decoding and test); memory "
+        "is the peak of the process, torch and tests included. The gap closed is the gain over `direct` as a share of "
         "that of `supervised`. <sub>Oracle</sub>: the best epoch by the test labels, which no user has.",
         "",
         f"Settings were chosen on {CHOSEN_ON}, a reversed pair and none of the ring. Published settings that count "

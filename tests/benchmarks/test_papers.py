@@ -73,6 +73,17 @@ TINY = (
     "adapt.cluster.min_samples=2",
     "adapt.cluster.clusters=6",
 )
+# One row of each paper, data set and start.
+KINDS = (
+    "lf2-duke2market",
+    "lf2-kmeans-market2duke",
+    "pplr-market",
+    "pplr-cameras-market2msmt17",
+    "fusionreid-duke-stride16",
+    "fusionreid-msmt17-stride12",
+    "sam-ibn-baseline",
+    "x-reid-msmt17",
+)
 NUMBERS = re.compile(r"^\d+\.\d / \d+\.\d")
 Call = Callable[..., tuple[dict[str, list[str]], list[dict[str, Any]]]]
 
@@ -208,6 +219,7 @@ def test_tables_and_rows_are_chosen(call: Call, tmp_path: Path) -> None:
     assert list(cells) == ["lf2-duke2market", "sam-ibn-duke"]
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_had_are_named_and_the_other_rows_run(call: Call, copies: Path, tmp_path: Path) -> None:
     arguments = short(copies, tmp_path / "keep", "sam-ibn-market", "lf2-duke2market", "x-reid-msmt17-off")
     kept = [a for a in arguments if a != "model.sam_ibn.weights=none"]
@@ -220,8 +232,12 @@ def test_weights_that_cannot_be_had_are_named_and_the_other_rows_run(call: Call,
     assert by_name["x-reid-msmt17-off"]["status"] == "measured"
 
 
-def check_tiny(name: str, call: Call, copies: Path, keep: Path) -> None:
-    """Runs a row and repeats the call, which changes no file."""
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_row_runs_on_rendered_copies_and_is_measured_once(
+    name: str, call: Call, copies: Path, tmp_path: Path
+) -> None:
+    keep = tmp_path / "keep"
     cells, (row,) = call(*short(copies, keep, name))
     assert row["status"] == "measured", row
     (record,) = row["records"]
@@ -238,17 +254,6 @@ def check_tiny(name: str, call: Call, copies: Path, keep: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
-def test_every_row_runs_on_rendered_copies_and_is_measured_once(
-    name: str, call: Call, copies: Path, tmp_path: Path
-) -> None:
-    check_tiny(name, call, copies, tmp_path / "keep")
-
-
-def test_an_adaptation_runs_and_is_measured_once(call: Call, copies: Path, tmp_path: Path) -> None:
-    check_tiny("lf2-duke2market", call, copies, tmp_path / "keep")
-
-
 def test_several_seeds_give_a_mean_and_rows_share_their_source_model(call: Call, copies: Path, tmp_path: Path) -> None:
     keep = tmp_path / "keep"
     names = ("pplr-market2msmt17", "pplr-cameras-market2msmt17")
@@ -259,13 +264,14 @@ def test_several_seeds_give_a_mean_and_rows_share_their_source_model(call: Call,
     assert len(list(keep.glob("adapt-*"))) == 4
 
 
+@pytest.mark.slow
 def test_a_row_that_was_stopped_is_continued(
     call: Call, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped between its trainings and within the second, it ends as one that was not."""
+    """Stopped in the second epoch of its second training, it ends as one that was not."""
     arguments = ["--set", "adapt.epochs=2"]
     _, whole = call(*short(copies, tmp_path / "whole", "lf2-duke2market"), *arguments)
-    keep, append, stop = tmp_path / "keep", RunLog.append, KeyboardInterrupt
+    keep, append = tmp_path / "keep", RunLog.append
 
     def stop_at(count: int) -> Callable[[RunLog, Any], None]:
         lines = []
@@ -274,7 +280,7 @@ def test_a_row_that_was_stopped_is_continued(
             append(log, row)
             lines.append(row)
             if len(lines) == count:
-                raise stop
+                raise KeyboardInterrupt
 
         return stopping
 
@@ -282,7 +288,7 @@ def test_a_row_that_was_stopped_is_continued(
         with pytest.raises(KeyboardInterrupt):
             papers.main([str(a) for a in [*short(copies, keep, "lf2-duke2market"), *arguments]])
 
-    monkeypatch.setattr(RunLog, "append", stop_at(2))
+    monkeypatch.setattr(RunLog, "append", stop_at(3))
     interrupted()
     gc.collect()  # a log keeps its folder locked for as long as it lives
     monkeypatch.setattr(RunLog, "append", append)

@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ def identify(data: ReIDDataset | None) -> list[object]:
     return [data.name, data.folder.name, len(data.train), *test]
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on which data if any, and the folder of the run."""
+
+    recipe: Recipe
+    data: ReIDDataset | None
+    folder: Path
+
+
+def write_untrained(recipe: Recipe, folder: Path, seed: int) -> None:
+    """Writes the checkpoint of a model as its trunk's weights leave it, the start without a source domain."""
+    if (folder / CHECKPOINT).is_file():
+        return
+    model = make_model(recipe, 0, seed=seed, pretrained=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"kind": "pretrain", "recipe": dump_recipe(recipe), "source": "ImageNet", "cameras": [], "classes": 0}
+    save_checkpoint(folder / CHECKPOINT, model, metadata)
+
+
 class Bench:
     """Trains rows on one device.
 
@@ -86,32 +105,34 @@ class Bench:
 
     def record(self, row: Row, seed: int) -> Record:
         """Returns the figures of a row and seed, measured first if none are kept for the same settings and data."""
-        source, source_data = self.recipe(row.source, "pretrain"), self.open(row.source.data, labelled=True)
-        folder = self.keep / f"source-{digest(seed, dump_recipe(source), identify(source_data))}"
-        recipe = target = None
-        result = folder
-        if row.target is not None:
-            recipe, target = self.recipe(row.target, "adapt"), self.open(row.target.data, labelled=False)
-            result = self.keep / f"adapt-{digest(folder.name, dump_recipe(recipe), identify(target))}"
-        file = self.keep / f"{row.name}-seed{seed}-{result.name.split('-')[1]}.json"
-        if file.is_file():
-            kept: Record = json.loads(file.read_text(encoding="utf-8"))
-            return kept
-        self.reporter.say(f"{row.name}, seed {seed}: in {result}")
-        data = [dataset for dataset in (source_data, target) if dataset is not None]
-        if data[-1].test is None:
-            raise UserError(f"A row needs a labelled test split, but {data[-1].folder} has none; restore it.")
-        if source_data is None:
-            self.write_untrained(source, folder, seed)
-        else:
-            self.pretrain(source, source_data, folder, seed)
-        if recipe is not None and target is not None:
-            self.adapt(recipe, folder, target, result, seed)
-        figures = self.figures(RunLog(result, writes=False).summary())
-        notes = [note for dataset in data for note in dataset.notes]
-        record = {"row": row.name, "seed": seed, **figures, **self.facts, "notes": notes}
-        write_atomically(file, json.dumps(record, indent=2) + "\n")
+        source, *adaptations = trainings = self.plan(row, seed)
+        result = trainings[-1]
+        file = self.keep / f"{row.name}-seed{seed}-{result.folder.name.split('-')[1]}.json"
+        if not file.is_file():
+            assert result.data is not None
+            if result.data.test is None:
+                raise UserError(f"A row needs a labelled test split, but {result.data.folder} has none; restore it.")
+            self.reporter.say(f"{row.name}, seed {seed}: in {result.folder}")
+            self.pretrain(source, seed)
+            for training in adaptations:
+                self.adapt(training, source.folder / CHECKPOINT, seed)
+            figures = self.figures(RunLog(result.folder, writes=False).summary())
+            notes = [note for training in trainings if training.data for note in training.data.notes]
+            content = {"row": row.name, "seed": seed, **figures, **self.facts, "notes": notes}
+            write_atomically(file, json.dumps(content, indent=2) + "\n")
+        record: Record = json.loads(file.read_text(encoding="utf-8"))
         return record
+
+    def plan(self, row: Row, seed: int) -> list[Training]:
+        """Returns the trainings of a row; the names of their folders depend on everything that decides the result."""
+        recipe, data = self.recipe(row.source, "pretrain"), self.open(row.source.data, labelled=True)
+        name = f"source-{digest(seed, dump_recipe(recipe), identify(data))}"
+        trainings = [Training(recipe, data, self.keep / name)]
+        if row.target is not None:
+            recipe, data = self.recipe(row.target, "adapt"), self.open(row.target.data, labelled=False)
+            name = f"adapt-{digest(name, dump_recipe(recipe), identify(data))}"
+            trainings.append(Training(recipe, data, self.keep / name))
+        return trainings
 
     def recipe(self, stage: Stage, command: str) -> Recipe:
         """Returns the recipe of a training, with the changes of the row and of the user."""
@@ -121,39 +142,27 @@ class Bench:
         """Returns a data set; None without a key."""
         return open_data(key, self.root, labelled_train=labelled, reporter=self.reporter) if key else None
 
-    def pretrain(self, recipe: Recipe, data: ReIDDataset, folder: Path, seed: int) -> None:
-        """Trains a source model, or the rest of one that was stopped."""
-        if is_finished(folder):
-            return
-        log = RunLog(folder, resumed=True)
-        log.write_recipe(dump_recipe(recipe))
-        run_pretrain(recipe, data, device=self.device, seed=seed, reporter=self.reporter, log=log)
+    def pretrain(self, training: Training, seed: int) -> None:
+        """Trains a source model, or the rest of one that was stopped; without data only the trunk's weights."""
+        recipe, folder = training.recipe, training.folder
+        if training.data is None:
+            write_untrained(recipe, folder, seed)
+        elif not is_finished(folder):
+            log = RunLog(folder, resumed=True)
+            log.write_recipe(dump_recipe(recipe))
+            run_pretrain(recipe, training.data, device=self.device, seed=seed, reporter=self.reporter, log=log)
 
-    def write_untrained(self, recipe: Recipe, folder: Path, seed: int) -> None:
-        """Writes the checkpoint of a model as its trunk's weights leave it, the start without a source domain."""
-        if (folder / CHECKPOINT).is_file():
-            return
-        model = make_model(recipe, 0, seed=seed, pretrained=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "kind": "pretrain",
-            "recipe": dump_recipe(recipe),
-            "source": "ImageNet",
-            "cameras": [],
-            "classes": 0,
-        }
-        save_checkpoint(folder / CHECKPOINT, model, metadata)
-
-    def adapt(self, recipe: Recipe, init: Path, target: ReIDDataset, folder: Path, seed: int) -> None:
+    def adapt(self, training: Training, init: Path, seed: int) -> None:
         """Adapts a source model, or does the rest of an adaptation that was stopped."""
-        if is_finished(folder):
+        if is_finished(training.folder):
             return
-        source = load_source_model(init / CHECKPOINT, device=self.device, seed=seed)
+        assert training.data is not None
+        source = load_source_model(init, device=self.device, seed=seed)
         own = source.recipe
-        recipe = replace(recipe, model=own.model, images=own.images, pretrain=own.pretrain)
-        log = RunLog(folder, resumed=True)
+        recipe = replace(training.recipe, model=own.model, images=own.images, pretrain=own.pretrain)
+        log = RunLog(training.folder, resumed=True)
         log.write_recipe(dump_recipe(recipe))
-        run_adapt(recipe, source, target, device=self.device, seed=seed, reporter=self.reporter, log=log)
+        run_adapt(recipe, source, training.data, device=self.device, seed=seed, reporter=self.reporter, log=log)
 
     def figures(self, summary: Summary) -> Record:
         """Returns what a record takes from the summary of a run."""

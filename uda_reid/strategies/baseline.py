@@ -12,70 +12,30 @@ for Deep Person Re-identification" (https://arxiv.org/abs/1903.07071).
 Differs from the papers: a backbone of several outputs is given CE and T on each of them, averaged.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
-from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, triplet_loss
 from uda_reid.engine.optimizer import Losses
-from uda_reid.engine.strategy import Strategy
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import BaselineSettings
-
-GLOBAL = "global"
-
-
-class BaselineNetworks(nn.Module):
-    """The model, called on a batch whose images all belong to the global level."""
-
-    def __init__(self, model: ReIDModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, camera_indices: Tensor, rows: Mapping[str, slice]) -> dict[str, GlobalOutput]:
-        output = self.model(images, camera_indices)
-        return dict.fromkeys(rows, GlobalOutput(output.embeddings, output.bn_embeddings, None))
+from uda_reid.strategies.single_model import GLOBAL, SingleModel
 
 
-class Baseline(Strategy):
+class Baseline(SingleModel):
     """See the module.
 
     Args:
         model: the source model, adapted in place.
     """
 
-    networks: BaselineNetworks
-    levels = (GLOBAL,)
     loss_names = ("cross_entropy", "triplet_global")
 
     def __init__(self, model: ReIDModel, settings: BaselineSettings) -> None:
-        super().__init__()
+        super().__init__(model)
         self.settings = settings
-        self.networks = BaselineNetworks(model)
-
-    @staticmethod
-    def result_network(model: ReIDModel, settings: BaselineSettings) -> ReIDModel:
-        return model
-
-    @property
-    def result(self) -> ReIDModel:
-        return self.networks.model
-
-    @property
-    def trained(self) -> list[nn.Module]:
-        return [self.result]
-
-    def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        with fresh_statistics(self.result):
-            for images, camera_indices in batches:
-                self.result(images, camera_indices)
-
-    def encode(self, images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
-        output = self.result(images, camera_indices)
-        return {GLOBAL: self.result.retrieval_feature(output), "bn_embedding": torch.cat(output.bn_embeddings, dim=1)}
 
     def begin_epoch(
         self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None

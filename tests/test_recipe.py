@@ -22,7 +22,7 @@ from uda_reid.recipe import (
     recipe_folder,
     shipped_recipes,
 )
-from uda_reid.settings import STRATEGIES, Recipe
+from uda_reid.settings import STRATEGIES, Recipe, section_of
 
 
 def leaves(recipe: Any, prefix: str = "") -> dict[str, Any]:
@@ -70,6 +70,7 @@ CHOICES: dict[str, Any] = {
     "pretrain.augment.erase_fill": "mean",
     "adapt.augment.erase_fill": "mean",
 }
+SECTIONS = {section_of(strategy): strategy for strategy in STRATEGIES}
 
 
 def other_value(key: str, value: Any) -> Any:
@@ -98,7 +99,7 @@ def with_value(recipe: Any, path: list[str], value: Any) -> Any:
 def strategy_of(key: str) -> str:
     """Returns the strategy whose section holds the key, else the default."""
     section = key.removeprefix("adapt.").split(".")[0]
-    return section if section in STRATEGIES else Recipe().adapt.strategy
+    return SECTIONS.get(section, Recipe().adapt.strategy)
 
 
 def refused(text: str, *overrides: str) -> UserError:
@@ -143,7 +144,7 @@ def test_a_dump_states_every_key_but_those_of_other_strategies(strategy: str) ->
 
 
 def is_of_a_strategy(key: str) -> bool:
-    return key.startswith(tuple(f"adapt.{strategy}." for strategy in STRATEGIES))
+    return key.startswith(tuple(f"adapt.{section}." for section in SECTIONS))
 
 
 def test_the_list_of_keys_states_every_key_with_its_default() -> None:

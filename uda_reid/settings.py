@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
-TRAINED_STRATEGIES = ("lf2", "baseline", "pplr")
+TRAINED_STRATEGIES = ("lf2", "baseline", "pplr", "cluster-contrast", "spcl")
 STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
@@ -49,6 +49,13 @@ def _check_fraction(section: str, **values: float) -> None:
     for key, value in values.items():
         if not 0 <= value <= 1:
             raise UserError(f"{section}.{key} must be in [0, 1], got {value}.")
+
+
+def _check_memory(section: str, temperature: float, momentum: float) -> None:
+    if temperature <= 0:
+        raise UserError(f"{section}.temperature must be above 0, got {temperature}; 0.05 is usual.")
+    if not 0 <= momentum < 1:
+        raise UserError(f"{section}.momentum must be in [0, 1), got {momentum}; with 1 a memory would never move.")
 
 
 def _check_batch(section: str, identities: int, instances: int) -> None:
@@ -426,6 +433,43 @@ class BaselineSettings:
 
 
 @dataclass(frozen=True)
+class ClusterContrastSettings:
+    """Strategy "cluster-contrast".
+
+    Attributes:
+        temperature: divides the similarities to the centroids.
+        momentum: share of the old centroid when an image moves it, in [0, 1).
+        hard: move a centroid by the least similar image of its cluster in the batch, not by all of them in turn.
+    """
+
+    temperature: float = 0.05
+    momentum: float = 0.1
+    hard: bool = False
+
+    def __post_init__(self) -> None:
+        _check_memory("adapt.cluster_contrast", self.temperature, self.momentum)
+
+
+@dataclass(frozen=True)
+class SpCLSettings:
+    """Strategy "spcl".
+
+    Attributes:
+        temperature: divides the similarities to the classes.
+        momentum: share of the old feature when an image moves its own, in [0, 1).
+        gap: added to and taken from `adapt.cluster.eps` to see which clusters depend on the density.
+    """
+
+    temperature: float = 0.05
+    momentum: float = 0.2
+    gap: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check_memory("adapt.spcl", self.temperature, self.momentum)
+        _check_least("adapt.spcl", 0, gap=self.gap)
+
+
+@dataclass(frozen=True)
 class LF2Settings:
     """Strategy "lf2".
 
@@ -522,11 +566,27 @@ class AdaptSettings:
     lf2: LF2Settings = field(default_factory=LF2Settings)
     baseline: BaselineSettings = field(default_factory=BaselineSettings)
     pplr: PplrSettings = field(default_factory=PplrSettings)
+    cluster_contrast: ClusterContrastSettings = field(default_factory=ClusterContrastSettings)
+    spcl: SpCLSettings = field(default_factory=SpCLSettings)
 
     def __post_init__(self) -> None:
         _check_choice("adapt.strategy", self.strategy, STRATEGIES)
         _check_least("adapt", 1, epochs=self.epochs, steps=self.steps, feature_batch=self.feature_batch)
         _check_batch("adapt", self.identities, self.instances)
+        if self.strategy == "spcl":
+            self._check_densities()
+
+    def _check_densities(self) -> None:
+        if self.cluster.method != "dbscan":
+            raise UserError(
+                f"adapt.cluster.method must be dbscan for the strategy 'spcl', which compares its densities, got "
+                f"'{self.cluster.method}'."
+            )
+        if not self.spcl.gap < self.cluster.eps < 1 - self.spcl.gap:
+            raise UserError(
+                f"adapt.spcl.gap must leave adapt.cluster.eps between 0 and 1 on both sides, got {self.spcl.gap} and "
+                f"{self.cluster.eps}; 0.02 is usual."
+            )
 
     @property
     def camera_switches(self) -> tuple[str, ...]:

@@ -14,12 +14,13 @@ import timm
 
 from uda_reid.cli import main
 from uda_reid.recipe import load_recipe, override_recipe, shipped_recipes
-from uda_reid.settings import STRATEGIES, TRAINED_STRATEGIES
+from uda_reid.settings import STRATEGIES, TRAINED_STRATEGIES, section_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "methods"
 PAGES = sorted(FOLDER.glob("*.md"))
 METHODS = [page for page in PAGES if page.name != "README.md"]
+SECTIONS = {section_of(strategy): strategy for strategy in STRATEGIES}
 
 LINK = re.compile(r"\[([^\[\]]+)\]\(([^()\s]+)\)")
 DOTTED = re.compile(r"`(uda_reid(?:\.\w+)*)`")
@@ -147,7 +148,7 @@ def test_every_recipe_and_setting_is_read(page: Path) -> None:
     for name in names:
         for value in values:
             section = value.removeprefix("adapt.").split(".")[0]
-            recipe = load_recipe(name, strategy=section if section in STRATEGIES else None)
+            recipe = load_recipe(name, strategy=SECTIONS.get(section))
             changed = override_recipe(recipe, (value,))
             for timm_name in (changed.model.cnn.name, changed.model.transformer.name):
                 assert timm.is_model(timm_name), value

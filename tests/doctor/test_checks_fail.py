@@ -164,6 +164,7 @@ WRONG: dict[str, Break] = {
     "loss: batch-hard triplet": wrong(loss_checks, "batch_hard_soft_margin", lambda loss: loss * 1.01),
     "loss: distillation": wrong(loss_checks, "centered_cosine_distillation", lambda loss: loss + 0.01),
     "loss: attention mass": wrong(loss_checks, "attention_mass_loss", lambda loss: loss * 0.99),
+    "loss: prototype contrast": wrong(loss_checks, "prototype_contrast", lambda loss: loss * 1.01),
     **{
         f"network: {name}, {precision}": instead(network_checks, "prepare", prepare_badly)
         for name in BACKBONES
@@ -178,6 +179,7 @@ WRONG: dict[str, Break] = {
     **{f"adaptation step, {name}": instead(step_checks, "GuardedOptimizer", Impatient) for name in TRAINED_STRATEGIES},
     **{f"optimizer: {name}": instead(step_checks, "GuardedOptimizer", Careless) for name in OPTIMIZERS},
     "teacher: moving average": instead(step_checks, "EmaTeacher", LateTeacher),
+    "memory: moving rows": wrong(step_checks, "moved_in_turn", lambda rows: rows.roll(1, dims=0)),
     "demo of two epochs": wrong(training_checks, "run_demo", diverged),
     "demo, resumed": instead(training_checks, "run_demo", no_demo),
     "epoch, resumed within": instead(optimizer.GuardedOptimizer, "load_state_dict", forget),

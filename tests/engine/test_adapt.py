@@ -103,6 +103,10 @@ SWITCHES = {
     **{f"baseline, {name}": ("baseline", overrides) for name, overrides in SHARED.items()},
     **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
     "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    "cluster-contrast": ("cluster-contrast", ()),
+    "cluster-contrast, bfloat16": ("cluster-contrast", SHARED["bfloat16"]),
+    "spcl": ("spcl", ()),
+    "spcl, bfloat16": ("spcl", SHARED["bfloat16"]),
 }
 
 
@@ -290,7 +294,7 @@ def test_steps_that_stay_bad_end_the_run_and_name_files_of_the_batch(
         train_strategy(strategy, target, recipe)
     text = str(error.value)
     assert "At step 2 of epoch 2" in text, "the fifth of consecutive steps, where an epoch has three"
-    assert "cross_entropy" in text
+    assert strategy.loss_names[0] in text
     assert str(target.paths[0].parent) in text
     assert all(tensor.isfinite().all() for tensor in strategy.state_dict().values()), "no trace is left"
 

@@ -192,7 +192,15 @@ def run(capability: tuple[int, int], recipe: Recipe, stage_name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision"),
-    [("pretrain", "bfloat16"), ("baseline", "bfloat16"), ("lf2", "float32"), ("lf2", "bfloat16"), ("lf2", "float16")],
+    [
+        ("pretrain", "bfloat16"),
+        ("baseline", "bfloat16"),
+        ("cluster-contrast", "float16"),
+        ("spcl", "bfloat16"),
+        ("lf2", "float32"),
+        ("lf2", "bfloat16"),
+        ("lf2", "float16"),
+    ],
 )
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_step_of_every_backbone_and_strategy(backbone: str, stage: str, precision: str) -> None:

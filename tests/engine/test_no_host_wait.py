@@ -30,6 +30,9 @@ CASES = {
     "lf2, float16": ("lf2", ("training.precision=float16",)),
     "baseline": ("baseline", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    "cluster-contrast": ("cluster-contrast", ()),
+    "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),
+    "spcl": ("spcl", ()),
     "baseline, pinned images": ("baseline", ("images.store=pinned",)),
     "baseline, images in a file": ("baseline", ("images.store=file",)),
 }

@@ -41,6 +41,8 @@ CASES = {
     ),
     "baseline": ("baseline", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    "cluster-contrast": ("cluster-contrast", ()),
+    "spcl": ("spcl", ()),
     # A chunk of each process holds one group, of which a chunk of a single process holds two.
     "in chunks, checkpointed": (
         "lf2",
@@ -48,7 +50,7 @@ CASES = {
     ),
 }
 # With batch norms over both processes and modules that read whole batches, and with groups in chunks.
-ON_GPUS = ("cross-instance", "in chunks, checkpointed")
+ON_GPUS = ("cross-instance", "in chunks, checkpointed", "cluster-contrast", "spcl")
 # The CPU, which computes for a simulated GPU, rounds batch norms of channels_last more coarsely.
 EXACT = ("training.precision=float32", "training.channels_last=false")
 Found = list[dict[str, dict[str, Tensor]]]  # by process: case -> weights

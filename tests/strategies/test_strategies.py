@@ -25,6 +25,9 @@ CASES = {
     "baseline": ("baseline", ()),
     "pplr": ("pplr", ()),
     "pplr, two parts, no cameras": ("pplr", ("adapt.pplr.parts=2", "adapt.pplr.camera_weight=0")),
+    "cluster-contrast": ("cluster-contrast", ()),
+    "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),
+    "spcl": ("spcl", ()),
 }
 
 

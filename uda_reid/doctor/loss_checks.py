@@ -10,6 +10,7 @@ from uda_reid.doctor.check import Check, Scene, compare, figure
 from uda_reid.losses.attention_mass import attention_mass_loss
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.distillation import centered_cosine_distillation
+from uda_reid.losses.prototype_contrast import prototype_contrast
 from uda_reid.losses.triplet import batch_hard_soft_margin
 
 IMAGES, WIDTH, CLASSES = 16, 24, 5
@@ -62,6 +63,17 @@ def attention_mass(scene: Scene) -> str:
     )
 
 
+def contrast(scene: Scene) -> str:
+    """The contrast of features with the prototypes of all classes, at a temperature that keeps derivatives around 1."""
+    prototypes = _random(CLASSES, WIDTH, seed=12)
+    return _compare(
+        scene,
+        _random(IMAGES, WIDTH),
+        lambda x: prototype_contrast(x, prototypes.to(x.device, x.dtype), LABELS.to(x.device), temperature=2.0),
+        lambda x: plain_losses.contrast(x, prototypes, LABELS, 2.0),
+    )
+
+
 def _compare(scene: Scene, values: Tensor, product: Loss, plain: Loss) -> str:
     own = values.to(scene.device, torch.float32).requires_grad_()
     loss = product(own)
@@ -85,4 +97,5 @@ CHECKS = (
     Check("loss: batch-hard triplet", triplet),
     Check("loss: distillation", distillation),
     Check("loss: attention mass", attention_mass),
+    Check("loss: prototype contrast", contrast),
 )

@@ -43,6 +43,15 @@ def distillation(embeddings: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def contrast(features: Tensor, prototypes: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """`losses.prototype_contrast`: -log softmax of the inner products with the prototypes over the temperature."""
+    losses = []
+    for feature, label in zip(features, labels.tolist(), strict=True):
+        weights = [((feature * prototype).sum() / temperature).exp() for prototype in prototypes]
+        losses.append(-(weights[label] / torch.stack(weights).sum()).log())
+    return torch.stack(losses).mean()
+
+
 def attention_mass(masses: Tensor, valid: Tensor) -> Tensor:
     """`losses.attention_mass`: log(1 + mass on the negative / mass on the positive), of valid anchors."""
     losses = [

@@ -18,6 +18,8 @@ from uda_reid.engine.prepare import make_autocast, make_loss_scale, prepare, pre
 from uda_reid.engine.pretrain import SOURCE, SourceNetwork, SourceObjective
 from uda_reid.engine.strategy import Strategy
 from uda_reid.models.ema_teacher import EmaTeacher
+from uda_reid.models.memory import moved_in_turn, replace_rows_
+from uda_reid.retrieval.normalize import normalize
 from uda_reid.settings import OPTIMIZERS, TRAINED_STRATEGIES, OptimSettings, TrainingSettings
 
 CPU = torch.device("cpu")
@@ -165,6 +167,23 @@ def moving_average(scene: Scene) -> str:
     return f"largest difference {figure(max(compare(found[key], expected[key], 1e-5, key) for key in expected))}"
 
 
+def memory_moves(scene: Scene) -> str:
+    """The rows of a memory after a batch in which images share rows, against a loop over the images."""
+    generator, rows = torch.Generator().manual_seed(17), torch.tensor([2, 2, 0, -1, 2, 0, 4])
+    table, features = (normalize(torch.randn(count, 6, generator=generator)) for count in (5, len(rows)))
+    expected = table.double()
+    for feature, row in zip(features.double(), rows.tolist(), strict=True):
+        if row >= 0:
+            mixed = 0.3 * expected[row] + 0.7 * feature
+            expected[row] = mixed / mixed.square().sum().sqrt()
+    own, own_rows = table.to(scene.device), rows.to(scene.device)
+    moved = moved_in_turn(own, features.to(scene.device), own_rows, 0.3)
+    replace_rows_(own, own_rows, moved, torch.ones((), device=scene.device))
+    require(torch.equal(own.cpu(), table), "a skipped step moved a row")
+    replace_rows_(own, own_rows, moved, torch.zeros((), device=scene.device))
+    return f"largest difference {figure(compare(own, expected, 1e-5, 'rows'))}"
+
+
 def _small_network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
@@ -220,4 +239,5 @@ CHECKS = (
     *(Check(f"adaptation step, {name}", partial(adaptation_step, name=name)) for name in TRAINED_STRATEGIES),
     *(Check(f"optimizer: {name}", partial(optimizer, name=name)) for name in OPTIMIZERS),
     Check("teacher: moving average", moving_average),
+    Check("memory: moving rows", memory_moves),
 )

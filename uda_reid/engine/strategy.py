@@ -29,11 +29,13 @@ class Strategy(nn.Module):
             are absent.
         heads: classifiers over the clusters, made anew by `begin_epoch`; only `losses` applies them.
         memories: what `begin_epoch` makes beside them and `after_step` updates; it is not trained.
+        instances: K, how often a label occurs in a batch; `make_strategy` sets it, None where it is not known.
     """
 
     levels: tuple[str, ...]
     loss_names: tuple[str, ...]
     views = 1
+    instances: int | None = None
     networks: nn.Module
 
     def __init__(self) -> None:

@@ -8,14 +8,18 @@ from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import AdaptSettings
 from uda_reid.strategies.adabn import AdaBN
 from uda_reid.strategies.baseline import Baseline
+from uda_reid.strategies.cluster_contrast import ClusterContrast
 from uda_reid.strategies.direct import Direct
 from uda_reid.strategies.lf2 import LF2
 from uda_reid.strategies.pplr import PPLR
+from uda_reid.strategies.spcl import SpCL
 
 CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
     "lf2": LF2,
     "baseline": Baseline,
     "pplr": PPLR,
+    "cluster-contrast": ClusterContrast,
+    "spcl": SpCL,
     "direct": Direct,
     "adabn": AdaBN,
 }
@@ -24,6 +28,7 @@ CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
 def make_strategy(model: ReIDModel, settings: AdaptSettings) -> Strategy:
     """Returns the strategy that `adapt.strategy` names, around a source model."""
     strategy: Strategy = CLASSES[settings.strategy](model, settings.own)
+    strategy.instances = settings.instances
     return strategy
 
 

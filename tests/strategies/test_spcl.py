@@ -15,6 +15,7 @@ from tests.strategies.conftest import begin, losses_of, make_batch, make_hybrid,
 from tests.training import new_strategy, train_strategy, varied
 from uda_reid.data.identity_sampler import IdentitySampler
 from uda_reid.data.image_set import ImageSet
+from uda_reid.engine.hybrid_memory import HybridMemory
 from uda_reid.errors import UserError
 from uda_reid.settings import AdaptSettings, ClusterSettings, Recipe, SpCLSettings
 from uda_reid.strategies.spcl import SpCL, outliers_grouped
@@ -108,14 +109,12 @@ def test_every_image_moves_its_row_and_the_mean_of_its_class(
 
 
 def test_means_are_those_of_the_rows_after_many_steps() -> None:
-    strategy = make_strategy()
-    _, labels = begin(strategy, strategy.result)  # in float32, as in a run
-    memory, generator = strategy.memories["images"], torch.Generator().manual_seed(3)
-    widths = strategy.result.output_widths
-    for _ in range(300):
+    labels, widths, generator = torch.tensor([0, 1, 0, 0, -1, 1, 0, -1, 0, 0]), (6, 9), torch.Generator().manual_seed(3)
+    memory, hybrid = HybridMemory.make(torch.randn(10, 15, generator=generator), labels, widths), HybridMemory()
+    for _ in range(200):
         indices = torch.randint(len(labels), (8,), generator=generator)
-        strategy.hybrid.loss(memory, [torch.randn(8, width, generator=generator) for width in widths], indices)
-        strategy.hybrid.update(memory, NOT_SKIPPED)
+        hybrid.loss(memory, [torch.randn(8, width, generator=generator) for width in widths], indices)
+        hybrid.update(memory, NOT_SKIPPED)
     classes = memory.get_buffer("classes")
     for i in range(len(widths)):
         rows, means = memory.get_buffer(f"rows{i}"), memory.get_buffer(f"means{i}")

@@ -582,7 +582,7 @@ class AdaptSettings:
                 f"adapt.cluster.method must be dbscan for the strategy 'spcl', which compares its densities, got "
                 f"'{self.cluster.method}'."
             )
-        if not self.spcl.gap < self.cluster.eps < 1 - self.spcl.gap:
+        if not self.spcl.gap < self.cluster.graph_eps < 1 - self.spcl.gap:
             raise UserError(
                 f"adapt.spcl.gap must leave adapt.cluster.eps between 0 and 1 on both sides, got {self.spcl.gap} and "
                 f"{self.cluster.eps}; 0.02 is usual."

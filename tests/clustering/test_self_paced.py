@@ -1,5 +1,6 @@
 """Self-paced clustering against sets of images, at every density clustered anew."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.processes import run_in_processes
 from uda_reid.clustering.dbscan import OUTLIER
-from uda_reid.clustering.pseudo_labels import PseudoLabels
+from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
 from uda_reid.clustering.self_paced import (
     cluster_independence,
     independence_threshold,
@@ -24,7 +25,7 @@ from uda_reid.distributed import shard
 from uda_reid.settings import ClusterSettings
 
 CPU = torch.device("cpu")
-SETTINGS = ClusterSettings(k1=12, k2=3, eps=0.503, min_samples=3)  # at 0.5 pairs lie exactly, up to rounding
+SETTINGS = ClusterSettings(k1=12, k2=3, eps=0.5, min_samples=3, largest_share=1.0)
 GAP = 0.08  # wide enough for clusters to change
 
 
@@ -74,8 +75,7 @@ def at_every_density(features: Tensor) -> list[list[int]]:
         settings = ClusterSettings(k1=SETTINGS.k1, k2=SETTINGS.k2, eps=eps)
         graph = build_graph(features, settings, StageTimer(CPU))
         distances = np.ones((len(features), len(features)))
-        rows = torch.repeat_interleave(graph.indptr.diff())
-        distances[rows, graph.indices] = graph.distances
+        distances[torch.repeat_interleave(graph.indptr.diff()), graph.indices] = 0.0  # the graph holds what is near
         np.fill_diagonal(distances, 0.0)
         found.append(
             DBSCAN(eps=eps, min_samples=SETTINGS.min_samples, metric="precomputed").fit_predict(distances).tolist()
@@ -108,6 +108,30 @@ def test_without_a_gap_every_cluster_is_kept() -> None:
     found, threshold = self_paced_labels(features, SETTINGS, gap=0.0, threshold=0.0)
     assert found.labels.tolist() == at_every_density(features)[0]
     assert threshold == 1.0
+
+
+def test_eps_and_k1_are_those_that_other_clusters_would_have() -> None:
+    settings = ClusterSettings(k1="auto", k2=3, eps="auto", min_samples=3)
+    features = clouds(1)
+    expected = pseudo_labels(features, settings, seed=0)
+    found, _ = self_paced_labels(features, settings, gap=0.0, threshold=0.0)
+    assert (found.eps, found.k1, found.edges, found.notes) == (
+        expected.eps,
+        expected.k1,
+        expected.edges,
+        expected.notes,
+    )
+    assert torch.equal(found.labels, expected.labels), "without a gap all are kept"
+
+
+def test_cameras_are_used_where_they_are_wanted() -> None:
+    features, cameras = clouds(2), torch.arange(240) % 3
+    features += cameras[:, None] * torch.randn(8, generator=torch.Generator().manual_seed(9))
+    for settings in (replace(SETTINGS, center_cameras=True), replace(SETTINGS, camera_jaccard=True)):
+        expected = pseudo_labels(features, settings, cameras=cameras, seed=0)
+        found, _ = self_paced_labels(features, settings, cameras=cameras, gap=0.0, threshold=0.0)
+        assert found.clusters > 1
+        assert torch.equal(found.labels, expected.labels)
 
 
 def test_all_outliers_leave_the_threshold_open() -> None:

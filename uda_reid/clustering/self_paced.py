@@ -18,7 +18,8 @@ from torch import Tensor
 
 from uda_reid.clustering.dbscan import OUTLIER, dbscan
 from uda_reid.clustering.pseudo_labels import PseudoLabels
-from uda_reid.clustering.stages import StageTimer, build_graph
+from uda_reid.clustering.selection import choose_clusters
+from uda_reid.clustering.stages import StageTimer, build_graphs
 from uda_reid.distributed import broadcast
 from uda_reid.settings import ClusterSettings
 
@@ -26,13 +27,16 @@ PASSED = 0.9  # of the first epoch's clusters
 
 
 def self_paced_labels(
-    features: Tensor, settings: ClusterSettings, *, gap: float, threshold: float
+    features: Tensor, settings: ClusterSettings, *, cameras: Tensor | None = None, gap: float, threshold: float
 ) -> tuple[PseudoLabels, float]:
     """Returns the reliable clusters of N features, the same on every process, and the threshold. Collective.
+
+    What `settings` leave open is chosen first, as for other clusters (`selection`), on the same graphs.
 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N.
         settings: of DBSCAN.
+        cameras: as in `pseudo_labels`.
         gap: between the densities; eps - gap and eps + gap must be above 0 and below 1.
         threshold: of independence; 0 to take it from these clusters.
 
@@ -40,17 +44,20 @@ def self_paced_labels(
         The labels, and the threshold: the given one, or that of these clusters, 0 where there are none.
     """
     timer = StageTimer(features.device)
-    graph = build_graph(features, replace(settings, eps=settings.eps + gap), timer)
-    densities = (settings.eps, settings.eps - gap, graph.eps)
-    labels, tight, loose = (dbscan(graph, eps=eps, min_samples=settings.min_samples) for eps in densities)
-    broadcast([labels, tight, loose])  # sums on a GPU or over several threads are not the same twice
-    labels, tight, loose = labels.cpu(), tight.cpu(), loose.cpu()
+    wider = replace(settings, eps=settings.graph_eps + gap)
+    graphs = dict(build_graphs(features, wider, timer, cameras=cameras))
+    choice = choose_clusters(graphs.items(), settings)
+    tight, loose = (
+        dbscan(graphs[choice.k1], eps=eps, min_samples=settings.min_samples)
+        for eps in (choice.eps - gap, choice.eps + gap)
+    )
+    broadcast([tight, loose])  # sums on a GPU or over several threads are not the same twice
+    labels, tight, loose = choice.labels.cpu(), tight.cpu(), loose.cpu()
     independence = cluster_independence(labels, loose)
     threshold = threshold or independence_threshold(labels, independence)
     kept = reliable(labels, independence, overlap(labels, tight), threshold)
-    edges = int((graph.distances <= settings.eps).sum()) // 2
     timer.stop("self-paced")
-    return PseudoLabels(kept, edges, timer.seconds), threshold
+    return PseudoLabels(kept, choice.edges, timer.seconds, choice.eps, choice.k1, choice.notes), threshold
 
 
 def overlap(labels: Tensor, others: Tensor) -> Tensor:

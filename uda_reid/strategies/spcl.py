@@ -60,7 +60,9 @@ class SpCL(SingleModel):
         self, level: str, features: Tensor, settings: ClusterSettings, cameras: Tensor | None, seed: int
     ) -> PseudoLabels:
         """Returns the reliable clusters; the first ones decide which independence later ones need."""
-        found, threshold = self_paced_labels(features, settings, gap=self.gap, threshold=float(self.threshold))
+        found, threshold = self_paced_labels(
+            features, settings, cameras=cameras, gap=self.gap, threshold=float(self.threshold)
+        )
         self.threshold.fill_(threshold)
         return found
 

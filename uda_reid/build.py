@@ -21,7 +21,7 @@ from uda_reid.errors import UserError
 from uda_reid.models.attention_resnet import SamIbn
 from uda_reid.models.backbone import Backbone, PlainCnn, PlainVit
 from uda_reid.models.fusion_reid import FusionReID
-from uda_reid.models.part_fusion import PartReIDModel
+from uda_reid.models.mean_model import ResultModel
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.models.trunks import CnnTrunk, VitTrunk, cnn_trunk, vit_trunk
 from uda_reid.recipe import override_recipe, parse_recipe
@@ -131,7 +131,7 @@ class LoadedModel:
         metadata: of the checkpoint: kind, source, target, cameras, classes.
     """
 
-    model: ReIDModel | PartReIDModel
+    model: ResultModel
     recipe: Recipe
     metadata: dict[str, Any]
 

@@ -19,8 +19,9 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
-TRAINED_STRATEGIES = ("lf2", "baseline", "pplr", "cluster-contrast", "spcl")
+TRAINED_STRATEGIES = ("lf2", "baseline", "mmt", "pplr", "cluster-contrast", "spcl")
 STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
+MMT_RESULTS = ("mean", "first")
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
 
@@ -501,6 +502,31 @@ class LF2Settings:
 
 
 @dataclass(frozen=True)
+class MmtSettings:
+    """Strategy "mmt".
+
+    Attributes:
+        soft_cross_entropy: a, the share of the cross-entropy whose target is the other network's teacher.
+        soft_triplet: b, the same share of the triplet.
+        teacher_momentum: ceiling of the moving averages' alpha, in [0, 1).
+        result: "mean" compares images by both teachers, "first" by one, at half the cost.
+    """
+
+    soft_cross_entropy: float = 0.5
+    soft_triplet: float = 0.8
+    label_smoothing: float = 0.1
+    teacher_momentum: float = 0.999
+    result: str = "mean"
+
+    def __post_init__(self) -> None:
+        fractions = {"soft_cross_entropy": self.soft_cross_entropy, "soft_triplet": self.soft_triplet}
+        _check_fraction("adapt.mmt", **fractions, label_smoothing=self.label_smoothing)
+        if not 0 <= self.teacher_momentum < 1:
+            raise UserError(f"adapt.mmt.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+        _check_choice("adapt.mmt.result", self.result, MMT_RESULTS)
+
+
+@dataclass(frozen=True)
 class PplrSettings:
     """Strategy "pplr".
 
@@ -565,6 +591,7 @@ class AdaptSettings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     lf2: LF2Settings = field(default_factory=LF2Settings)
     baseline: BaselineSettings = field(default_factory=BaselineSettings)
+    mmt: MmtSettings = field(default_factory=MmtSettings)
     pplr: PplrSettings = field(default_factory=PplrSettings)
     cluster_contrast: ClusterContrastSettings = field(default_factory=ClusterContrastSettings)
     spcl: SpCLSettings = field(default_factory=SpCLSettings)

@@ -101,6 +101,7 @@ SWITCHES = {
     "three parts": ("lf2", ("adapt.lf2.parts=3", "adapt.shared_batch=false")),
     "cross-instance": ("lf2", CROSS),
     **{f"baseline, {name}": ("baseline", overrides) for name, overrides in SHARED.items()},
+    **{f"mmt, {name}": ("mmt", overrides) for name, overrides in SHARED.items()},
     **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
     "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     "cluster-contrast": ("cluster-contrast", ()),

@@ -29,6 +29,7 @@ CASES = {
     "lf2, chunks and checkpoints": ("lf2", ("training.accumulate=2", "training.checkpoint_activations=true")),
     "lf2, float16": ("lf2", ("training.precision=float16",)),
     "baseline": ("baseline", ()),
+    "mmt": ("mmt", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),

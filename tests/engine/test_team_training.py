@@ -40,6 +40,7 @@ CASES = {
         tuple(f"adapt.lf2.cross_instance.{key}" for key in ("intra=0.1", "inter=0.1", "heads=2")),
     ),
     "baseline": ("baseline", ()),
+    "mmt": ("mmt", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     "cluster-contrast": ("cluster-contrast", ()),
     "spcl": ("spcl", ()),

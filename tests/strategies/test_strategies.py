@@ -23,6 +23,8 @@ CASES = {
     "lf2, three parts": ("lf2", ("adapt.lf2.parts=3",)),
     "lf2, cross-instance": ("lf2", tuple(f"adapt.lf2.cross_instance.{k}" for k in ("intra=1", "inter=1", "heads=2"))),
     "baseline": ("baseline", ()),
+    "mmt": ("mmt", ()),
+    "mmt, one teacher": ("mmt", ("adapt.mmt.result=first",)),
     "pplr": ("pplr", ()),
     "pplr, two parts, no cameras": ("pplr", ("adapt.pplr.parts=2", "adapt.pplr.camera_weight=0")),
     "cluster-contrast": ("cluster-contrast", ()),

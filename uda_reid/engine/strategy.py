@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
 from uda_reid.engine.optimizer import Losses
+from uda_reid.models.mean_model import ResultModel
 from uda_reid.models.memory import Memory
-from uda_reid.models.part_fusion import PartReIDModel
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import ClusterSettings
 
@@ -44,7 +44,7 @@ class Strategy(nn.Module):
         self.memories = nn.ModuleDict()
 
     @staticmethod
-    def result_network(model: ReIDModel, settings: Any) -> ReIDModel | PartReIDModel:
+    def result_network(model: ReIDModel, settings: Any) -> ResultModel:
         """Returns a network like `result` around a model, for a checkpoint to fill.
 
         Args:
@@ -53,7 +53,7 @@ class Strategy(nn.Module):
         raise NotImplementedError
 
     @property
-    def result(self) -> ReIDModel | PartReIDModel:
+    def result(self) -> ResultModel:
         """The network that the adaptation yields."""
         raise NotImplementedError
 

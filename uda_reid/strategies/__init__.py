@@ -3,7 +3,7 @@
 from typing import Any
 
 from uda_reid.engine.strategy import Strategy
-from uda_reid.models.part_fusion import PartReIDModel
+from uda_reid.models.mean_model import ResultModel
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import AdaptSettings
 from uda_reid.strategies.adabn import AdaBN
@@ -11,12 +11,14 @@ from uda_reid.strategies.baseline import Baseline
 from uda_reid.strategies.cluster_contrast import ClusterContrast
 from uda_reid.strategies.direct import Direct
 from uda_reid.strategies.lf2 import LF2
+from uda_reid.strategies.mmt import MMT
 from uda_reid.strategies.pplr import PPLR
 from uda_reid.strategies.spcl import SpCL
 
 CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
     "lf2": LF2,
     "baseline": Baseline,
+    "mmt": MMT,
     "pplr": PPLR,
     "cluster-contrast": ClusterContrast,
     "spcl": SpCL,
@@ -32,7 +34,7 @@ def make_strategy(model: ReIDModel, settings: AdaptSettings) -> Strategy:
     return strategy
 
 
-def result_network(model: ReIDModel, settings: AdaptSettings) -> ReIDModel | PartReIDModel:
+def result_network(model: ReIDModel, settings: AdaptSettings) -> ResultModel:
     """Returns the network that the strategy yields, around the backbone of `model`; for a checkpoint to fill."""
-    network: ReIDModel | PartReIDModel = CLASSES[settings.strategy].result_network(model, settings.own)
+    network: ResultModel = CLASSES[settings.strategy].result_network(model, settings.own)
     return network

@@ -52,6 +52,7 @@ CHOICES: dict[str, Any] = {
     "images.mean": (0.1, 0.2, 0.3),
     "images.std": (1.0, 2.0, 3e-7),
     "adapt.lf2.teacher_momentum": 0.5,
+    "adapt.mmt.result": "first",
     "adapt.cluster.method": "kmeans",
     "adapt.cluster.backend": "torch",
     "adapt.cluster.eps": 0.45,

@@ -108,7 +108,7 @@ def _read_table(table: dict[str, Any], overrides: Sequence[str], strategy: str |
     for override in overrides:
         _apply_override(table, override)
     _check_strategy(table)
-    recipe = _read_section(Recipe, table, "")
+    recipe = _read_section(Recipe, table, "", _usable_keys(table))
     if strategy not in (None, recipe.adapt.strategy):
         raise UserError(
             f"--strategy {strategy} and --set adapt.strategy={recipe.adapt.strategy} contradict each other; give one "
@@ -157,21 +157,26 @@ def _check_strategy(table: Mapping[str, Any]) -> None:
             )
 
 
-def _read_section(kind: type[T], table: Mapping[str, Any], prefix: str) -> T:
-    """Returns the dataclass of one section of a recipe; prefix is the section's path with a final dot."""
+def _read_section(kind: type[T], table: Mapping[str, Any], prefix: str, usable: Sequence[str]) -> T:
+    """Returns the dataclass of one section of a recipe.
+
+    Args:
+        prefix: the section's path with a final dot.
+        usable: keys to choose the hint from where one is unknown.
+    """
     hints = get_type_hints(kind)
     values = {}
     for key, value in table.items():
         path = prefix + key
         if key not in hints:
             raise UserError(
-                f"Unknown recipe key '{path}'{_hint(path, _known_keys(Recipe))}; `cli.py recipes --keys` lists all "
+                f"Unknown recipe key '{path}'{_hint(path, usable)}; `cli.py recipes --keys` lists all "
                 "keys with their defaults."
             )
         if not is_dataclass(hints[key]):
             values[key] = _read_value(hints[key], value, path)
         elif isinstance(value, dict):
-            values[key] = _read_section(hints[key], value, f"{path}.")
+            values[key] = _read_section(hints[key], value, f"{path}.", usable)
         else:
             raise UserError(f"Recipe key '{path}' is a section and takes keys of its own, got the value {value!r}.")
     try:
@@ -191,6 +196,14 @@ def _read_value(hint: Any, value: Any, path: str) -> Any:
         if hint in EXPECTED:
             reason = f"expected {EXPECTED[hint]}"
         raise UserError(f"Recipe key '{path}' cannot be {value!r}: {reason[0].lower()}{reason[1:]}.") from error
+
+
+def _usable_keys(table: Mapping[str, Any]) -> list[str]:
+    """Returns all keys of a recipe but those of other strategies than its own."""
+    adapt = table.get("adapt")
+    chosen = adapt.get("strategy", AdaptSettings.strategy) if isinstance(adapt, dict) else AdaptSettings.strategy
+    others = {("adapt", section_of(other)) for other in STRATEGIES if other != chosen}
+    return [key for key in _known_keys(Recipe) if tuple(key.split(".")[:2]) not in others]
 
 
 def _known_keys(kind: type, prefix: str = "") -> list[str]:

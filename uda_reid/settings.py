@@ -622,11 +622,15 @@ class AdaptSettings:
             "adapt.cross_camera": self.cross_camera,
             "adapt.cluster.center_cameras": self.cluster.center_cameras,
             "adapt.cluster.camera_jaccard": self.cluster.camera_jaccard,
+            "adapt.pplr.camera_weight": self.strategy == "pplr" and self.pplr.camera_weight > 0,
         }
         return tuple(name for name, on in switches.items() if on)
 
     def without_cameras(self) -> "AdaptSettings":
-        """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
+        """Returns the same settings for images whose cameras are unknown: what needs them is switched off.
+
+        The section of the strategy stays as it is; a strategy does without cameras by itself.
+        """
         return replace(self, cross_camera=False, cluster=self.cluster.without_cameras())
 
     @property

@@ -14,9 +14,11 @@ def reference(embeddings: Tensor, peer: Tensor, labels: list[int]) -> float:
     """The definition, an anchor at a time; the hard pair of an anchor is that of its own embeddings."""
     rows, others, found = embeddings.tolist(), peer.tolist(), []
     for i, own in enumerate(labels):
+        if own < 0:
+            continue
         distances = [math.dist(rows[i], row) for row in rows]
         positives = [j for j, label in enumerate(labels) if label == own and j != i]
-        negatives = [j for j, label in enumerate(labels) if label != own]
+        negatives = [j for j, label in enumerate(labels) if label != own and label >= 0]
         if positives and negatives:
             p, n = max(positives, key=distances.__getitem__), min(negatives, key=distances.__getitem__)
             far, near = math.exp(distances[p]), math.exp(distances[n])
@@ -32,8 +34,8 @@ def random_rows(count: int, seed: int = 0, width: int = 6) -> Tensor:
 
 @pytest.mark.parametrize(
     "labels",
-    [[0, 0, 1, 1, 2, 2], [3, 1, 3, 1, 3, 1], [0, 0, 0, 0, 1], [7, 8, 9, 7, 5, 5]],
-    ids=["pairs", "interleaved", "single negative", "some without positives"],
+    [[0, 0, 1, 1, 2, 2], [3, 1, 3, 1, 3, 1], [0, 0, 0, 0, 1], [7, 8, 9, 7, 5, 5], [-1, 4, 4, 2, -1, 2]],
+    ids=["pairs", "interleaved", "single negative", "some without positives", "two of no identity"],
 )
 def test_equals_the_definition(labels: list[int]) -> None:
     embeddings, peer = random_rows(len(labels)), random_rows(len(labels), seed=1, width=4)
@@ -41,7 +43,9 @@ def test_equals_the_definition(labels: list[int]) -> None:
     assert loss.item() == pytest.approx(reference(embeddings, peer, labels), rel=1e-9)
 
 
-@pytest.mark.parametrize("labels", [[0], [0, 1, 2], [4, 4, 4]], ids=["batch of one", "no positives", "no negatives"])
+@pytest.mark.parametrize(
+    "labels", [[0], [0, 1, 2], [4, 4, 4], [-1, -1, 4, 4]], ids=["one", "no positives", "no negatives", "outliers"]
+)
 def test_without_a_valid_triplet_the_loss_is_zero_with_a_graph(labels: list[int]) -> None:
     embeddings = random_rows(len(labels)).requires_grad_()
     loss = soft_triplet(embeddings, random_rows(len(labels), seed=1), torch.tensor(labels))

@@ -19,7 +19,7 @@ SCHEDULES = ("cosine", "multistep", "constant")
 PRECISIONS = ("auto", "bfloat16", "float16", "float32")
 STORES = ("auto", "device", "pinned", "memory", "file")
 ERASE_FILLS = ("noise", "mean")
-TRAINED_STRATEGIES = ("lf2", "baseline", "mmt", "pplr", "cluster-contrast", "spcl")
+TRAINED_STRATEGIES = ("best", "lf2", "baseline", "mmt", "pplr", "cluster-contrast", "spcl")
 STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
 MMT_RESULTS = ("mean", "first")
 CLUSTER_METHODS = ("dbscan", "kmeans")
@@ -424,6 +424,38 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True)
+class BestSettings:
+    """Strategy "best".
+
+    Attributes:
+        parts: horizontal stripes of the feature map; 0 for the global feature alone.
+        part_weight: weight of the parts' contrast.
+        part_share: factor of each part's feature beside the global one in what is clustered.
+        neighbors: nearest images whose overlap is the agreement of a part with the whole.
+        reduction: C over the hidden width of the Fusion Module's MLP.
+        temperature: divides the similarities to the centroids.
+        memory_momentum: share of the old centroid when an image moves it, in [0, 1).
+        teacher_momentum: ceiling of the moving average's alpha, in [0, 1).
+    """
+
+    parts: int = 2
+    part_weight: float = 0.2
+    part_share: float = 0.5
+    neighbors: int = 20
+    reduction: int = 4
+    temperature: float = 0.05
+    memory_momentum: float = 0.1
+    teacher_momentum: float = 0.999
+
+    def __post_init__(self) -> None:
+        _check_least("adapt.best", 0, parts=self.parts, part_weight=self.part_weight, part_share=self.part_share)
+        _check_least("adapt.best", 1, neighbors=self.neighbors, reduction=self.reduction)
+        _check_memory("adapt.best", self.temperature, self.memory_momentum)
+        if not 0 <= self.teacher_momentum < 1:
+            raise UserError(f"adapt.best.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+
+
+@dataclass(frozen=True)
 class BaselineSettings:
     """Strategy "baseline": cross-entropy and triplet on the global feature, no teacher."""
 
@@ -590,6 +622,7 @@ class AdaptSettings:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     lf2: LF2Settings = field(default_factory=LF2Settings)
+    best: BestSettings = field(default_factory=BestSettings)
     baseline: BaselineSettings = field(default_factory=BaselineSettings)
     mmt: MmtSettings = field(default_factory=MmtSettings)
     pplr: PplrSettings = field(default_factory=PplrSettings)

@@ -10,13 +10,15 @@ from torch import Tensor
 from uda_reid.losses.prototype_contrast import prototype_contrast
 
 
-def reference(features: Tensor, prototypes: Tensor, labels: Tensor, temperature: float) -> float:
+def reference(
+    features: Tensor, prototypes: Tensor, labels: Tensor, temperature: float, factors: list[float] | None = None
+) -> float:
     losses = []
-    for feature, label in zip(features.tolist(), labels.tolist(), strict=True):
+    for feature, label, factor in zip(features.tolist(), labels.tolist(), factors or [1.0] * len(labels), strict=True):
         if label >= 0:
             products = [sum(a * b for a, b in zip(feature, row, strict=True)) for row in prototypes.tolist()]
             weights = [math.exp(product / temperature) for product in products]
-            losses.append(-math.log(weights[label] / sum(weights)))
+            losses.append(-factor * math.log(weights[label] / sum(weights)))
     return sum(losses) / len(losses)
 
 
@@ -35,6 +37,13 @@ def test_equals_the_definition(dtype: torch.dtype, temperature: float, labels: l
     loss = prototype_contrast(features, prototypes, classes, temperature=temperature)
     assert loss.dtype == dtype
     assert loss.item() == pytest.approx(reference(features, prototypes, classes, temperature), rel=1e-4)
+
+
+def test_weights_are_factors_of_each_images_loss() -> None:
+    features, prototypes, classes = random_case([0, -1, 3, 3, 1])
+    factors = [0.5, 9.0, 0.0, 2.0, 1.0]
+    loss = prototype_contrast(features, prototypes, classes, weights=torch.tensor(factors, dtype=torch.float64))
+    assert loss.item() == pytest.approx(reference(features, prototypes, classes, 0.05, factors), rel=1e-4)
 
 
 def test_the_temperature_is_a_twentieth_by_default() -> None:

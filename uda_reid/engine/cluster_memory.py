@@ -45,19 +45,28 @@ class ClusterMemory:
         columns = features.split(list(widths), dim=1)
         return Memory(**{f"output{i}": centroids(part.contiguous(), labels) for i, part in enumerate(columns)})
 
-    def loss(self, memory: nn.Module, embeddings: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def loss(
+        self,
+        memory: nn.Module,
+        embeddings: Sequence[Tensor],
+        labels: Tensor,
+        weights: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """Returns the mean of `prototype_contrast` over the embeddings, and keeps what `update` needs.
 
         Args:
             memory: made by `make`.
             embeddings: [B, D_i] float each, of any row norm.
             labels: [B] int64, the clusters, or negative for outliers, which are left out.
+            weights: [B] float for each embedding, factors of its images' losses; 1 by default.
         """
         features = [F.normalize(each.to(torch.promote_types(each.dtype, torch.float32))) for each in embeddings]
         self._features, self._labels = [each.detach() for each in features], labels
         losses = [
-            prototype_contrast(each, memory.get_buffer(f"output{i}"), labels, temperature=self.temperature)
-            for i, each in enumerate(features)
+            prototype_contrast(
+                each, memory.get_buffer(f"output{i}"), labels, temperature=self.temperature, weights=weight
+            )
+            for i, (each, weight) in enumerate(zip(features, weights or [None] * len(features), strict=True))
         ]
         return torch.stack(losses).mean()
 

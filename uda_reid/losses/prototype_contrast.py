@@ -5,7 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def prototype_contrast(features: Tensor, prototypes: Tensor, labels: Tensor, *, temperature: float = 0.05) -> Tensor:
+def prototype_contrast(
+    features: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.05,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Returns the InfoNCE loss of features against the prototypes of their classes.
 
     Ge et al., "Self-paced Contrastive Learning with Hybrid Memory for Domain Adaptive Object Re-ID", Eq. 1,
@@ -19,6 +26,7 @@ def prototype_contrast(features: Tensor, prototypes: Tensor, labels: Tensor, *, 
         prototypes: [M, D] float, taken as they are; they receive no gradient.
         labels: [B] int64 in [0, M), the classes; images with a negative one are left out.
         temperature: above 0.
+        weights: [B] float, factor of each image's loss before the mean is taken; 1 by default.
 
     Returns:
         Scalar float32 or wider, at least 0; 0 with a zero gradient where no image is left.
@@ -29,4 +37,5 @@ def prototype_contrast(features: Tensor, prototypes: Tensor, labels: Tensor, *, 
         logits = features.to(wide) @ prototypes.detach().to(wide).T / temperature
         valid = labels >= 0
         losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none") * valid
+        losses = losses if weights is None else losses * weights
         return losses.sum() / valid.sum().clamp(min=1)

@@ -8,6 +8,7 @@ from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import AdaptSettings
 from uda_reid.strategies.adabn import AdaBN
 from uda_reid.strategies.baseline import Baseline
+from uda_reid.strategies.best import Best
 from uda_reid.strategies.cluster_contrast import ClusterContrast
 from uda_reid.strategies.direct import Direct
 from uda_reid.strategies.lf2 import LF2
@@ -16,6 +17,7 @@ from uda_reid.strategies.pplr import PPLR
 from uda_reid.strategies.spcl import SpCL
 
 CLASSES: dict[str, type[Any]] = {  # keys: settings.STRATEGIES
+    "best": Best,
     "lf2": LF2,
     "baseline": Baseline,
     "mmt": MMT,

@@ -104,6 +104,8 @@ SWITCHES = {
     **{f"mmt, {name}": ("mmt", overrides) for name, overrides in SHARED.items()},
     **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
     "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    **{f"best, {name}": ("best", overrides) for name, overrides in SHARED.items()},
+    "best, no parts": ("best", ("adapt.best.parts=0",)),
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, bfloat16": ("cluster-contrast", SHARED["bfloat16"]),
     "spcl": ("spcl", ()),

@@ -28,6 +28,7 @@ CASES = {
     "lf2, cross-instance": ("lf2", tuple(f"adapt.lf2.cross_instance.{key}" for key in KEYS)),
     "lf2, chunks and checkpoints": ("lf2", ("training.accumulate=2", "training.checkpoint_activations=true")),
     "lf2, float16": ("lf2", ("training.precision=float16",)),
+    "best": ("best", ()),
     "baseline": ("baseline", ()),
     "mmt": ("mmt", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),

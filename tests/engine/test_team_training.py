@@ -42,6 +42,7 @@ CASES = {
     "baseline": ("baseline", ()),
     "mmt": ("mmt", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    "best": ("best", ()),
     "cluster-contrast": ("cluster-contrast", ()),
     "spcl": ("spcl", ()),
     # A chunk of each process holds one group, of which a chunk of a single process holds two.

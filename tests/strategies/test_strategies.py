@@ -30,6 +30,8 @@ CASES = {
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),
     "spcl": ("spcl", ()),
+    "best": ("best", ()),
+    "best, no parts": ("best", ("adapt.best.parts=0",)),
 }
 
 

@@ -1,6 +1,6 @@
 """Best: LF2's teacher, parts and Fusion Module, trained against memories of one clustering that the parts weigh.
 
-What earned its cost in the comparison of `docs/results/strategies.md`, joined; no single paper. From LF2
+What earned its cost on an embedded pair of domains (EXPERIMENTS.md), joined; no single paper. From LF2
 (https://arxiv.org/abs/2205.09495): a mean teacher whose global features are clustered, a student whose map is split
 into parts, and a Fusion Module that turns a part of the student and the teacher's map into the fused feature phi^Pj.
 From Cluster Contrast (https://arxiv.org/abs/2103.11568): memories of cluster centroids in place of the classifier.

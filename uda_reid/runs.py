@@ -115,7 +115,9 @@ def run_adapt(
     images = load_training_images(records, known, recipe, "adapt", target.name, device, reporter, log)
     settings, training, report = recipe.adapt, recipe.training, TrainingReport(reporter, log)
     if images.cameras is None and settings.camera_switches:
-        reporter.say(f"{', '.join(settings.camera_switches)}: off, because the cameras of {target.name} are not known.")
+        reporter.say(
+            f"{', '.join(settings.camera_switches)}: off, because {target.name} does not name two cameras or more."
+        )
         settings = settings.without_cameras()
     if settings.refresh_statistics and not state.resumed:
         refresh_statistics(strategy, images, settings, training, device=device, report=report)

@@ -1,6 +1,7 @@
 """Each command from start to end on a tiny domain, and the files it writes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def test_a_strategy_given_by_name_replaces_that_of_the_recipe(invoke: Invoke, pr
     assert {key: measured[key] for key in METRICS} == summary(Path("a"))["after"]
 
 
+def test_without_training_the_result_is_the_source_model_or_that_with_other_statistics(
+    invoke: Invoke, pretrained: Path
+) -> None:
+    found = {}
+    for name in ("direct", "adabn", "baseline"):
+        start = ("adapt", "--target", "station", "--init", pretrained, *settings("adapt"))
+        result = invoke(*start, "--strategy", name, "--out", name)
+        assert result.exit_code == 0, result.output
+        assert ("statistics refreshed" in result.output) == (name == "baseline")
+        found[name] = summary(Path(name))
+    assert found["direct"]["after"] == found["direct"]["before"] == found["adabn"]["before"]
+    assert found["adabn"]["after"] == found["baseline"]["refreshed"] != found["adabn"]["before"]
+    assert found["direct"]["epochs"] == found["adabn"]["epochs"] == []
+
+
 def test_an_adapted_run_stores_the_model_of_its_checkpoint(invoke: Invoke, pretrained: Path) -> None:
     arguments = ("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt"))
     assert invoke(*arguments).exit_code == 0
@@ -89,12 +105,30 @@ def test_reranking_changes_the_ranking(invoke: Invoke, pretrained: Path) -> None
     assert summary(Path("plain"))["mAP"] != summary(Path("reranked"))["mAP"]
 
 
+@pytest.mark.parametrize("cameras", [(1, 2, 3), (1,)])
+def test_settings_of_cameras_are_off_where_there_are_not_two(
+    invoke: Invoke, pretrained: Path, tiny_root: Path, cameras: tuple[int, ...]
+) -> None:
+    images = sorted((tiny_root / "synthetic" / "station" / "bounding_box_train").iterdir())
+    folder = Path("crops/bounding_box_train")
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images):
+        shutil.copy(image, folder / f"c{cameras[number % len(cameras)]}_{number:06d}.jpg")
+    on = ("adapt.cluster.center_cameras", "adapt.cross_camera")
+    start = ("adapt", "--target", "crops", "--init", pretrained, "--recipe", "demo", *settings("adapt"))
+    result = invoke(*start, "--out", "a", *(word for key in on for word in ("--set", f"{key}=true")))
+    assert result.exit_code == 0, result.output
+    said = "adapt.cross_camera, adapt.cluster.center_cameras: off, because crops does not name two cameras or more."
+    assert (said in result.output) == (len(cameras) == 1)
+
+
 def test_demo_pretrains_and_adapts(invoke: Invoke) -> None:
     result = invoke("demo", "--out", "out", *settings())
     assert result.exit_code == 0, result.output
     content = summary(Path("out"))
-    assert content.keys() >= ALWAYS | {"source_only", "adapted"}
+    assert content.keys() >= ALWAYS | {"source_only", "refreshed", "adapted"}
     assert content["source_only"] == summary(Path("out/adapt"))["before"]
+    assert content["refreshed"] == summary(Path("out/adapt"))["refreshed"]
     assert content["adapted"] == summary(Path("out/adapt"))["after"]
 
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from uda_reid.data.augment import augment, normalize
-from uda_reid.data.image_set import ImageSet, camera_indices, stream_batches, take
+from uda_reid.data.image_set import ImageSet, camera_indices, number_cameras, stream_batches, take
 from uda_reid.data.image_store import decode
 from uda_reid.errors import UserError
 from uda_reid.settings import AugmentSettings, ImageSettings
@@ -136,3 +137,15 @@ def test_a_gpu_gets_its_batches_without_waiting(storage: str, gpu: torch.device)
         assert torch.equal(plain_cameras.cpu(), data.camera_indices[indices])
     assert (augmented.shape, augmented.device.type) == ((2, 3, 8, 4), "cuda")
     assert torch.equal(cameras.cpu(), data.camera_indices[batches[0][rows]])
+
+
+@pytest.mark.parametrize(
+    ("camera_ids", "expected"),
+    [([7, 3, 7, 5], [2, 0, 2, 1]), ([0, 1], [0, 1]), ([4, 4, 4], None), ([3, -1, 2], None), ([], None)],
+    ids=str,
+)
+def test_cameras_are_numbered_if_all_are_known_and_there_are_two(
+    camera_ids: list[int], expected: list[int] | None
+) -> None:
+    found = number_cameras(np.array(camera_ids, dtype=np.int64))
+    assert (None if found is None else found.tolist()) == expected

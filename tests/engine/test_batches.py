@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,3 +161,33 @@ def test_one_process_may_always_train_in_chunks_of_two_images() -> None:
         with pytest.raises(UserError) as error:
             check_processes(2, TrainingSettings(batch_norm_group=group, accumulate=3))
         assert_sentence(error.value, "2 x 2 images", "1 processes of 3 chunks each", "can be 2 at most")
+
+
+def test_views_are_augmentations_of_the_same_images_side_by_side(images: ImageSet) -> None:
+    (single,) = draw(make_batches(images), 5)
+    several = LevelBatches(images, SETTINGS, views=3, seed=SEED, device=CPU)
+    several.begin_epoch(LABELS, SEEDS)
+    (batch,) = draw(several, 5)
+    views = batch.images.chunk(3, dim=1)
+    assert torch.equal(views[0], single.images)
+    assert not any(torch.equal(views[i], views[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert torch.equal(batch.indices, single.indices)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_level_knows_which_images_it_has(images: ImageSet, shared: bool) -> None:
+    for batch in draw(make_batches(images, shared=shared), 0, 1):
+        for level, labels in LABELS.items():
+            assert torch.equal(labels[batch.level_indices[level]], batch.labels[level])
+            expected = batch.indices if shared else batch.indices[batch.rows[level]]
+            assert torch.equal(batch.level_indices[level], expected)
+
+
+def test_identities_are_drawn_across_cameras_on_request(images: ImageSet) -> None:
+    cameras = torch.arange(23) // 4 % 2
+    known = replace(images, cameras=cameras)
+    batches = LevelBatches(known, SETTINGS, cross_camera=True, seed=SEED, device=CPU)
+    batches.begin_epoch({"global": LABELS["global"]}, SEEDS[:1])
+    for batch in draw(batches, *range(6)):
+        for anchor, companion in batch.indices.view(-1, K)[:, :2].tolist():
+            assert cameras[anchor] != cameras[companion]

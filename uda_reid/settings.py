@@ -52,11 +52,17 @@ def _check_fraction(section: str, **values: float) -> None:
             raise UserError(f"{section}.{key} must be in [0, 1], got {value}.")
 
 
-def _check_memory(section: str, temperature: float, momentum: float) -> None:
+def _check_memory(section: str, temperature: float, **momentum: float) -> None:
     if temperature <= 0:
         raise UserError(f"{section}.temperature must be above 0, got {temperature}; 0.05 is usual.")
-    if not 0 <= momentum < 1:
-        raise UserError(f"{section}.momentum must be in [0, 1), got {momentum}; with 1 a memory would never move.")
+    for key, value in momentum.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{section}.{key} must be in [0, 1), got {value}; with 1 a memory would never move.")
+
+
+def _check_teacher(section: str, teacher_momentum: float) -> None:
+    if not 0 <= teacher_momentum < 1:
+        raise UserError(f"{section}.teacher_momentum must be in [0, 1), got {teacher_momentum}.")
 
 
 def _check_batch(section: str, identities: int, instances: int) -> None:
@@ -450,9 +456,8 @@ class BestSettings:
     def __post_init__(self) -> None:
         _check_least("adapt.best", 0, parts=self.parts, part_weight=self.part_weight, part_share=self.part_share)
         _check_least("adapt.best", 1, neighbors=self.neighbors, reduction=self.reduction)
-        _check_memory("adapt.best", self.temperature, self.memory_momentum)
-        if not 0 <= self.teacher_momentum < 1:
-            raise UserError(f"adapt.best.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+        _check_memory("adapt.best", self.temperature, memory_momentum=self.memory_momentum)
+        _check_teacher("adapt.best", self.teacher_momentum)
 
 
 @dataclass(frozen=True)
@@ -480,7 +485,7 @@ class ClusterContrastSettings:
     hard: bool = False
 
     def __post_init__(self) -> None:
-        _check_memory("adapt.cluster_contrast", self.temperature, self.momentum)
+        _check_memory("adapt.cluster_contrast", self.temperature, momentum=self.momentum)
 
 
 @dataclass(frozen=True)
@@ -498,7 +503,7 @@ class SpCLSettings:
     gap: float = 0.02
 
     def __post_init__(self) -> None:
-        _check_memory("adapt.spcl", self.temperature, self.momentum)
+        _check_memory("adapt.spcl", self.temperature, momentum=self.momentum)
         _check_least("adapt.spcl", 0, gap=self.gap)
 
 
@@ -529,8 +534,7 @@ class LF2Settings:
         _check_least("adapt.lf2", 0, parts=self.parts)
         _check_least("adapt.lf2", 1, reduction=self.reduction)
         _check_fraction("adapt.lf2", label_smoothing=self.label_smoothing)
-        if not 0 <= self.teacher_momentum < 1:
-            raise UserError(f"adapt.lf2.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+        _check_teacher("adapt.lf2", self.teacher_momentum)
 
 
 @dataclass(frozen=True)
@@ -553,8 +557,7 @@ class MmtSettings:
     def __post_init__(self) -> None:
         fractions = {"soft_cross_entropy": self.soft_cross_entropy, "soft_triplet": self.soft_triplet}
         _check_fraction("adapt.mmt", **fractions, label_smoothing=self.label_smoothing)
-        if not 0 <= self.teacher_momentum < 1:
-            raise UserError(f"adapt.mmt.teacher_momentum must be in [0, 1), got {self.teacher_momentum}.")
+        _check_teacher("adapt.mmt", self.teacher_momentum)
         _check_choice("adapt.mmt.result", self.result, MMT_RESULTS)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from tests.strategies.conftest import CLUSTERS, make_batch, make_hybrid, without_gradient
 from tests.strategies.reference import triplet
 from uda_reid.clustering.pseudo_labels import PseudoLabels
+from uda_reid.errors import UserError
 from uda_reid.settings import BestSettings
 from uda_reid.strategies.best import GLOBAL, Best
 
@@ -185,3 +186,16 @@ def test_the_result_is_the_teacher_without_parts() -> None:
         found = strategy.result.descriptor(strategy.result(images, cameras))
         expected = strategy.networks.teacher.global_feature(strategy.networks.teacher(images, cameras))
     torch.testing.assert_close(found, F.normalize(expected))
+
+
+@pytest.mark.parametrize("key", ["parts", "part_weight", "part_share", "neighbors", "reduction", "temperature"])
+def test_settings_out_of_range_are_refused_by_their_own_names(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^adapt\.best\.{key} must be"):
+        BestSettings(**{key: -1})
+
+
+@pytest.mark.parametrize("key", ["memory_momentum", "teacher_momentum"])
+def test_momenta_are_below_one(key: str) -> None:
+    BestSettings(**{key: 0.0})
+    with pytest.raises(UserError, match=rf"^adapt\.best\.{key} must be in \[0, 1\), got 1\.0"):
+        BestSettings(**{key: 1.0})

@@ -22,13 +22,14 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids, pseudo_la
 from uda_reid.data.augment import ERASE_AREA, ERASE_ASPECT
 from uda_reid.data.identity_sampler import IdentitySampler
 from uda_reid.engine.optimizer import learning_rate_factor
+from uda_reid.engine.strategy import GLOBAL
 from uda_reid.errors import UserError
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.triplet import batch_hard_soft_margin
 from uda_reid.models.reid_model import Classifiers
 from uda_reid.seeding import SAMPLING, derive_seed, generator_at
 from uda_reid.settings import AdaptSettings, AugmentSettings, ImageSettings, OptimSettings
-from uda_reid.strategies.lf2 import GLOBAL, LF2Networks, level_names
+from uda_reid.strategies.lf2 import LF2Networks, level_names
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 Batch = tuple[Tensor, Tensor, Tensor]  # images [B, 3, H, W], camera indices [B], indices in the data set [B]

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from tests.strategies.conftest import CLUSTERS, make_batch, make_hybrid, without_gradient
 from tests.strategies.reference import triplet
 from uda_reid.clustering.pseudo_labels import PseudoLabels
+from uda_reid.engine.strategy import GLOBAL
 from uda_reid.errors import UserError
 from uda_reid.settings import BestSettings
-from uda_reid.strategies.best import GLOBAL, Best
+from uda_reid.strategies.best import Best
 
 LABELS = torch.cat([torch.arange(CLUSTERS), torch.tensor([0, 0, 3, -1, -1, 4, 2])])
 INDICES = torch.tensor([0, 5, 6, 3, 7, 3, 4, 10, 4])

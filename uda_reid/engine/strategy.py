@@ -12,6 +12,8 @@ from uda_reid.models.memory import Memory
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import ClusterSettings
 
+GLOBAL = "global"  # the level of the whole image
+
 
 class Strategy(nn.Module):
     """Interface of a strategy: `strategies/baseline.py` is the shortest one, `strategies/lf2.py` the reference.

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, triplet_loss
 from uda_reid.engine.optimizer import Losses
+from uda_reid.engine.strategy import GLOBAL
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import BaselineSettings
-from uda_reid.strategies.single_model import GLOBAL, SingleModel
+from uda_reid.strategies.single_model import SingleModel
 
 
 class Baseline(SingleModel):

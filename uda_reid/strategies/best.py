@@ -40,14 +40,12 @@ from uda_reid.engine.cluster_memory import ClusterMemory
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
-from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.models.ema_teacher import EmaTeacher
 from uda_reid.models.memory import Memory
 from uda_reid.models.part_fusion import FusionModules, PartReIDModel
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import BestSettings
-
-GLOBAL = "global"
 
 
 class BestOutput(NamedTuple):

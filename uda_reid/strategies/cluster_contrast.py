@@ -30,9 +30,10 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.engine.cluster_memory import ClusterMemory
 from uda_reid.engine.objectives import GlobalOutput
 from uda_reid.engine.optimizer import Losses
+from uda_reid.engine.strategy import GLOBAL
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import ClusterContrastSettings
-from uda_reid.strategies.single_model import GLOBAL, SingleModel
+from uda_reid.strategies.single_model import SingleModel
 
 
 class ClusterContrast(SingleModel):

@@ -37,13 +37,11 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, make_cross_instance, triplet_loss
 from uda_reid.engine.optimizer import Losses
-from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.models.ema_teacher import EmaTeacher
 from uda_reid.models.part_fusion import FusionModules, PartOutput, PartReIDModel, PooledPart
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import LF2Settings
-
-GLOBAL = "global"
 
 
 class PartLevelOutput(NamedTuple):

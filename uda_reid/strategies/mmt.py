@@ -34,7 +34,7 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
-from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.losses.cross_entropy import smoothed_cross_entropy
 from uda_reid.losses.soft_targets import soft_cross_entropy
 from uda_reid.losses.soft_triplet import soft_triplet
@@ -44,7 +44,6 @@ from uda_reid.models.memory import Memory
 from uda_reid.models.reid_model import Classifiers, ReIDModel, ReIDOutput
 from uda_reid.settings import MmtSettings
 
-GLOBAL = "global"
 NAMES = ("first", "second")
 
 

@@ -37,7 +37,7 @@ from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
-from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.losses.agreement import agreement_smoothed_cross_entropy, refined_targets
 from uda_reid.losses.camera_proxies import camera_proxy_loss
 from uda_reid.losses.soft_targets import soft_cross_entropy
@@ -46,8 +46,6 @@ from uda_reid.models.memory import Memory
 from uda_reid.models.part_fusion import join_maps, split_parts
 from uda_reid.models.reid_model import Classifiers, ReIDModel
 from uda_reid.settings import PplrSettings
-
-GLOBAL = "global"
 
 
 class PplrOutput(NamedTuple):

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput
-from uda_reid.engine.strategy import Strategy
+from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.models.reid_model import ReIDModel
-
-GLOBAL = "global"
 
 
 class SingleModelNetworks(nn.Module):

@@ -32,9 +32,10 @@ from uda_reid.clustering.self_paced import self_paced_labels
 from uda_reid.engine.hybrid_memory import HybridMemory
 from uda_reid.engine.objectives import GlobalOutput
 from uda_reid.engine.optimizer import Losses
+from uda_reid.engine.strategy import GLOBAL
 from uda_reid.models.reid_model import ReIDModel
 from uda_reid.settings import ClusterSettings, SpCLSettings
-from uda_reid.strategies.single_model import GLOBAL, SingleModel
+from uda_reid.strategies.single_model import SingleModel
 
 
 class SpCL(SingleModel):

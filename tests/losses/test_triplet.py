@@ -9,16 +9,17 @@ from torch import Tensor
 from uda_reid.losses.triplet import batch_hard_soft_margin
 
 
-def reference(embeddings: Tensor, labels: Tensor) -> float:
+def reference(embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """The definition, an anchor at a time."""
     rows, ids = embeddings.double().tolist(), labels.tolist()
+    factors = [1.0] * len(ids) if weights is None else weights.tolist()
     losses = []
     for anchor, own in enumerate(ids):
         distances = [math.dist(rows[anchor], row) for row in rows]
         positives = [d for other, d in enumerate(distances) if ids[other] == own >= 0 and other != anchor]
         negatives = [d for other, d in enumerate(distances) if ids[other] != own and min(ids[other], own) >= 0]
         if positives and negatives:
-            losses.append(math.log1p(math.exp(max(positives) - min(negatives))))
+            losses.append(factors[anchor] * math.log1p(math.exp(max(positives) - min(negatives))))
     return sum(losses) / len(losses) if losses else 0.0
 
 
@@ -45,6 +46,15 @@ def test_equals_the_definition(labels: list[int], dtype: torch.dtype) -> None:
     loss = batch_hard_soft_margin(embeddings, ids)
     assert loss.dtype == dtype
     assert loss.item() == pytest.approx(reference(embeddings, ids), rel=1e-5)
+
+
+def test_weights_are_factors_of_the_anchors_and_leave_their_number() -> None:
+    embeddings, ids = random_embeddings(7), torch.tensor([0, 0, 1, 1, 1, -1, 2])
+    weights = torch.tensor([0.5, 0.0, 1.0, 0.25, 3.0, 9.0, 9.0], dtype=torch.float64)
+    loss = batch_hard_soft_margin(embeddings, ids, weights)
+    assert loss.item() == pytest.approx(reference(embeddings, ids, weights), rel=1e-9)
+    halved = batch_hard_soft_margin(embeddings, ids, torch.full_like(weights, 0.5))
+    assert halved.item() == pytest.approx(reference(embeddings, ids) / 2, rel=1e-9)
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 2], [4, 4, 4]], ids=["batch of one", "no positives", "no negatives"])

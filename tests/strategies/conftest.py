@@ -42,7 +42,8 @@ def begin(strategy: Strategy, model: ReIDModel, *, skipped: Iterable[str] = ()) 
     features = torch.randn(len(labels), sum(model.output_widths), dtype=torch.float64)
     none = torch.full_like(labels, -1)
     found = {level: PseudoLabels(none if level in skipped else labels, 0, {}) for level in strategy.levels}
-    strategy.begin_epoch({"bn_embedding": features}, found, None)
+    of_levels = {level: torch.randn(len(labels), 6, dtype=torch.float64) for level in strategy.levels}
+    strategy.begin_epoch({"bn_embedding": features, **of_levels}, found, None)
     strategy.heads.double()
     return features, labels
 

@@ -1,19 +1,25 @@
 """The losses of the strategies as plain loops over numbers."""
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 
-def triplet(embeddings: Tensor, labels: Tensor) -> float:
-    """Returns the mean of softplus(hardest positive - hardest negative) over images with a label of 0 or more."""
+def triplet(embeddings: Tensor, labels: Tensor, weights: Sequence[float] | None = None) -> float:
+    """Returns the mean of softplus(hardest positive - hardest negative) over images with a label of 0 or more.
+
+    Args:
+        weights: factor of each image's own term.
+    """
     points, names, found = embeddings.tolist(), labels.tolist(), []
+    factors = weights or [1.0] * len(names)
     for i, anchor in enumerate(points):
         distances = [math.dist(anchor, point) for point in points]
         positives = [d for j, d in enumerate(distances) if j != i and names[j] == names[i] >= 0]
         negatives = [d for j, d in enumerate(distances) if names[j] != names[i] and names[j] >= 0 <= names[i]]
         if positives and negatives:
-            found.append(math.log1p(math.exp(max(positives) - min(negatives))))
+            found.append(factors[i] * math.log1p(math.exp(max(positives) - min(negatives))))
     return sum(found) / len(found)
 
 

@@ -12,11 +12,11 @@ from tests.strategies.conftest import begin, losses_of, make_batch, make_hybrid,
 from tests.strategies.reference import cross_entropy, triplet
 from uda_reid.models.part_fusion import FusionModule, FusionModules
 from uda_reid.models.reid_model import ReIDModel
-from uda_reid.settings import CrossInstanceSettings, LF2Settings
+from uda_reid.settings import ClusterSettings, CrossInstanceSettings, LF2Settings
 from uda_reid.strategies.lf2 import LF2, level_names
 
 LEVELS = ("global", "upper", "lower")
-SWITCHES = [{}, {"teacher": False}, {"fusion_module": False}, {"parts": 0}, {"parts": 3}]
+SWITCHES = [{}, {"teacher": False}, {"fusion_module": "absent"}, {"parts": 0}, {"parts": 3}]
 CROSS = CrossInstanceSettings(intra=1.0, inter=0.5, heads=3)
 
 
@@ -38,6 +38,11 @@ def source_of(strategy: LF2) -> ReIDModel:
 def fusion_of(strategy: LF2) -> FusionModules:
     assert strategy.networks.fusion is not None
     return strategy.networks.fusion
+
+
+def begin_features(strategy: LF2) -> Tensor:
+    """Returns after-neck embeddings of 12 images."""
+    return torch.randn(12, sum(strategy.output_widths), dtype=torch.float64)
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
@@ -120,7 +125,7 @@ def test_losses_without_one_of_the_parts(switches: dict[str, Any]) -> None:
 
 
 def test_in_a_shared_batch_an_outlier_is_nobodys_positive() -> None:
-    strategy = make_lf2(fusion_module=False)
+    strategy = make_lf2(fusion_module="absent")
     images, cameras, _, labels = make_batch(["global"])
     part = torch.tensor([2, 2, -1, -1, 2, 0, 0, -1, 1])
     rows, names = slice(0, 9), {"global": labels["global"], "upper": part, "lower": torch.full_like(part, -1)}
@@ -196,6 +201,64 @@ def test_every_trainable_parameter_gets_a_gradient(statistics: str, switches: di
     assert without_gradient(*trained) == set()
 
 
+def test_a_frozen_fusion_module_has_the_losses_of_a_trained_one_and_stays_as_it_is() -> None:
+    trained, frozen = make_lf2(), make_lf2(fusion_module="frozen")
+    frozen.load_state_dict(trained.state_dict())
+    losses = losses_of(frozen, LEVELS)
+    for name, loss in losses_of(trained, LEVELS).items():
+        torch.testing.assert_close(losses[name], loss)
+    total(losses).backward()
+    assert frozen.trained == [frozen.networks.student]
+    assert without_gradient(frozen.networks.student) == set()
+    assert all(parameter.grad is None for parameter in fusion_of(frozen).parameters())
+    with torch.no_grad():
+        frozen.refresh_statistics([(make_batch(LEVELS)[0], make_batch(LEVELS)[1])])
+    assert all(part.norm.running_mean.abs().max() > 0 for part in fusion_of(frozen).parts)
+
+
+def neighbors_of(features: Tensor, image: int, k: int) -> set[int]:
+    rows = F.normalize(features)
+    return set((rows @ rows[image]).argsort(descending=True)[:k].tolist())
+
+
+def test_parts_by_agreement_have_the_clusters_of_the_whole_image_and_count_as_they_agree() -> None:
+    strategy = make_lf2(part_labels="agreement", neighbors=4, fusion_module="absent")
+    features = {level: torch.randn(12, 6, dtype=torch.float64) for level in LEVELS}
+    settings = ClusterSettings(method="kmeans", clusters=3)
+    found = {level: strategy.cluster(level, features[level], settings, None, 0) for level in LEVELS}
+    assert all(torch.equal(labels.labels, found["global"].labels) for labels in found.values())
+    strategy.begin_epoch({**features, "bn_embedding": begin_features(strategy)}, found, None)
+    strategy.heads.double()
+
+    images, cameras, _, labels = make_batch(["global"])
+    names, indices = dict.fromkeys(LEVELS, labels["global"]), torch.tensor([3, 0, 7, 11, 1, 2, 9, 9, 5])
+    outputs = strategy.networks(images, cameras, dict.fromkeys(LEVELS, slice(0, 9)))
+    losses = strategy.losses(outputs, names, dict.fromkeys(LEVELS, indices))
+    for part, level in enumerate(("upper", "lower")):
+        weights = []
+        for image in indices.tolist():
+            whole, own = (neighbors_of(features[name], image, 4) for name in ("global", level))
+            weights.append(len(whole & own) / len(whole | own))
+        assert len(set(weights)) > 1, "the weights must differ to be tested"
+        expected = 0.5 * triplet(outputs[level].local.detach(), labels["global"], weights)
+        assert losses[f"triplet_{level}"].item() == pytest.approx(expected, rel=1e-6), part
+
+
+def test_parts_by_their_own_clusters_are_clustered_by_themselves() -> None:
+    strategy = make_lf2()
+    settings = ClusterSettings(method="kmeans", clusters=2)
+    apart = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 3)
+    other = apart[[0, 3, 0, 3, 0, 3]]
+    found = [
+        strategy.cluster(level, rows, settings, None, 0).labels for level, rows in (("global", apart), ("upper", other))
+    ]
+    assert [(labels[0] == labels).tolist() for labels in found] == [
+        [True, True, True, False, False, False],
+        [True, False, True, False, True, False],
+    ]
+    assert "agreement" not in strategy.memories
+
+
 def test_copies_of_one_image_teach_nothing_across_instances() -> None:
     strategy = make_lf2(cross_instance=CROSS)
     images, cameras, rows, labels = make_batch(LEVELS)
@@ -241,8 +304,8 @@ def test_the_teacher_follows_the_student_after_each_step(strategy: LF2) -> None:
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-@pytest.mark.parametrize("fusion_module", [True, False])
-def test_features_of_the_levels(teacher: bool, fusion_module: bool) -> None:
+@pytest.mark.parametrize("fusion_module", ["trained", "frozen", "absent"])
+def test_features_of_the_levels(teacher: bool, fusion_module: str) -> None:
     strategy = make_lf2(teacher=teacher, fusion_module=fusion_module).eval()
     networks = strategy.networks
     images, cameras, _, _ = make_batch(LEVELS)
@@ -254,7 +317,7 @@ def test_features_of_the_levels(teacher: bool, fusion_module: bool) -> None:
         torch.testing.assert_close(features["global"], networks.teacher.global_feature(global_output))
         for part, level in enumerate(LEVELS[1:]):
             expected = parts_output.part_embeddings[part]
-            if fusion_module:
+            if fusion_module != "absent":
                 module, pooled = fusion_of(strategy).parts[part], parts_output.pooled_parts[part]
                 expected = fused(module, pooled.average, pooled.maximum, global_output.feature_map)
             torch.testing.assert_close(features[level], expected)

@@ -37,9 +37,9 @@ def classification_loss(
     return smoothed_cross_entropy(classifiers(bn_embeddings), labels, smoothing=smoothing)
 
 
-def triplet_loss(embeddings: Sequence[Tensor], labels: Tensor) -> Tensor:
+def triplet_loss(embeddings: Sequence[Tensor], labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Returns the batch-hard soft-margin triplet loss summed over the embeddings: scalar float32."""
-    return torch.stack([batch_hard_soft_margin(embedding, labels) for embedding in embeddings]).sum()
+    return torch.stack([batch_hard_soft_margin(embedding, labels, weights) for embedding in embeddings]).sum()
 
 
 class CrossInstance(nn.Module):

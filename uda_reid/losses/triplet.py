@@ -7,7 +7,7 @@ from torch import Tensor
 from uda_reid.retrieval.pairwise import euclidean_distances
 
 
-def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
+def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Triplet loss of each anchor with its farthest positive and its nearest negative.
 
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", Eq. 5 and section 3.3,
@@ -21,6 +21,7 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
     Args:
         embeddings: [B, D] float, before the neck, not normalized.
         labels: [B] int64, negative for images that belong to no identity.
+        weights: [B] float, factors of the anchors' losses; the mean is over the number of anchors still.
 
     Returns:
         Scalar float32 or wider, at least 0; 0 with a zero gradient where no anchor is left.
@@ -35,4 +36,6 @@ def batch_hard_soft_margin(embeddings: Tensor, labels: Tensor) -> Tensor:
     usable = positive.any(dim=1) & negative.any(dim=1)
     # Masks instead of indexing: the number of usable anchors is never read back from the device.
     losses = F.softplus(hardest_positive - hardest_negative) * usable
+    if weights is not None:
+        losses = losses * weights
     return losses.sum() / usable.sum().clamp(min=1)

@@ -29,7 +29,9 @@ from uda_reid.settings.model import (
 )
 from uda_reid.settings.recipe import EvaluateSettings, Recipe
 from uda_reid.settings.strategies import (
+    FUSION_MODULES,
     MMT_RESULTS,
+    PART_LABELS,
     STRATEGIES,
     TRAINED_STRATEGIES,
     BaselineSettings,
@@ -57,10 +59,12 @@ __all__ = [
     "CLUSTER_METHODS",
     "EPS_GRID",
     "ERASE_FILLS",
+    "FUSION_MODULES",
     "K1_GRID",
     "MMT_RESULTS",
     "NECK_FEATURES",
     "OPTIMIZERS",
+    "PART_LABELS",
     "POOLINGS",
     "POSITION_INTERPOLATIONS",
     "PRECISIONS",

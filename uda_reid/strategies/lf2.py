@@ -20,6 +20,10 @@ soft-margin triplet, and T(part j) the mean of the triplets on F^Pj, which train
 on phi^Pj, which trains the Fusion Module. Outliers of the clustering are left out. The result is the teacher; its
 descriptor joins the global and the part embeddings.
 
+By `part_labels = "agreement"` a part has the clusters of the whole image instead, and each anchor of its triplets
+counts as far as its neighbors by phi^Pj are those by phi^P0, the cross agreement of PPLR
+(https://arxiv.org/abs/2203.14675).
+
 Defaults: Adam 3.5e-4, weight decay 5e-4, 80 epochs of 400 steps, 64 images a level with K = 4 (`settings`).
 
 Differs from the paper: a backbone of several outputs, which the paper does not have, is given CE and T on each of them,
@@ -33,15 +37,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uda_reid.clustering.agreement import cross_agreement
 from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput, classification_loss, make_cross_instance, triplet_loss
 from uda_reid.engine.optimizer import Losses
 from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.models.ema_teacher import EmaTeacher
+from uda_reid.models.memory import Memory
 from uda_reid.models.part_fusion import FusionModules, PartOutput, PartReIDModel, PooledPart
 from uda_reid.models.reid_model import Classifiers, ReIDModel
-from uda_reid.settings import LF2Settings
+from uda_reid.settings import ClusterSettings, LF2Settings
 
 
 class PartLevelOutput(NamedTuple):
@@ -69,8 +75,10 @@ class LF2Networks(nn.Module):
         super().__init__()
         self.student = PartReIDModel(model, settings.parts)
         self.ema = EmaTeacher(self.student, alpha=settings.teacher_momentum) if settings.teacher else None
-        fuses = settings.fusion_module and settings.parts > 0
+        fuses = settings.fusion_module != "absent" and settings.parts > 0
         self.fusion = FusionModules(model.map_channels, settings.parts, settings.reduction) if fuses else None
+        if self.fusion is not None and settings.fusion_module == "frozen":
+            self.fusion.requires_grad_(False)
         self.part_levels = level_names(settings.parts)[1:]
         self.with_map = with_map
 
@@ -155,7 +163,9 @@ class LF2(Strategy):
     @property
     def trained(self) -> list[nn.Module]:
         networks = self.networks
-        return [networks.student] if networks.fusion is None else [networks.student, networks.fusion]
+        if networks.fusion is None or self.settings.fusion_module == "frozen":
+            return [networks.student]
+        return [networks.student, networks.fusion]
 
     @property
     def whole_batch(self) -> list[nn.Module]:
@@ -168,7 +178,7 @@ class LF2(Strategy):
 
     def refresh_statistics(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         networks = self.networks
-        with fresh_statistics(*self.trained):
+        with fresh_statistics(*(module for module in (networks.student, networks.fusion) if module is not None)):
             for images, camera_indices in batches:
                 output = networks.student(images, camera_indices)
                 if networks.fusion is not None:
@@ -192,13 +202,25 @@ class LF2(Strategy):
             parts = networks.fusion(student.pooled_parts, teacher.feature_map)
         return whole | dict(zip(self.levels[1:], parts, strict=True))
 
+    def cluster(
+        self, level: str, features: Tensor, settings: ClusterSettings, cameras: Tensor | None, seed: int
+    ) -> PseudoLabels:
+        """Clusters the level, or hands a part the clusters of the whole image, which comes first."""
+        if level == GLOBAL or self.settings.part_labels == "own":
+            self.found = super().cluster(level, features, settings, cameras, seed)
+        return self.found
+
     def begin_epoch(
         self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
     ) -> None:
         """Makes the global classifier, whose weights are the cluster centroids, and those of the X-ReID objective."""
-        self.heads = nn.ModuleDict()
+        self.heads, self.memories = nn.ModuleDict(), nn.ModuleDict()
         if not labels[GLOBAL].has_clusters:
             return
+        if self.settings.parts and self.settings.part_labels == "agreement":
+            parts = [features[level] for level in self.levels[1:]]
+            agreement = cross_agreement(features[GLOBAL], parts, self.settings.neighbors)
+            self.memories["agreement"] = Memory(of_images=agreement)
         if self.cross is not None:
             device = features["bn_embedding"].device
             self.heads["cross"] = self.cross.classifiers(labels[GLOBAL].clusters).to(device)
@@ -220,7 +242,8 @@ class LF2(Strategy):
             if isinstance(output, GlobalOutput):
                 losses |= self._global_losses(output, labels[level], indices[level])
             else:
-                losses[f"triplet_{level}"] = self.settings.part_weight * self._part_loss(output, labels[level])
+                loss = self._part_loss(output, labels[level], self._agreement(level, indices[level]))
+                losses[f"triplet_{level}"] = self.settings.part_weight * loss
         return losses
 
     def _global_losses(self, output: GlobalOutput, labels: Tensor, indices: Tensor) -> Losses:
@@ -234,9 +257,15 @@ class LF2(Strategy):
             losses |= self.cross.losses(output, labels, indices, self.heads["cross"], smoothing)
         return losses
 
-    def _part_loss(self, output: PartLevelOutput, labels: Tensor) -> Tensor:
+    def _agreement(self, level: str, images: Tensor) -> Tensor | None:
+        """Returns how far each image's part agrees with the whole, [B] float; None where parts have own clusters."""
+        if "agreement" not in self.memories:
+            return None
+        return self.memories["agreement"].get_buffer("of_images")[images, self.levels.index(level) - 1]
+
+    def _part_loss(self, output: PartLevelOutput, labels: Tensor, weights: Tensor | None) -> Tensor:
         embeddings = [output.local] if output.fused is None else [output.local, output.fused]
-        return triplet_loss(embeddings, labels) / len(embeddings)
+        return triplet_loss(embeddings, labels, weights) / len(embeddings)
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the teacher towards the student."""

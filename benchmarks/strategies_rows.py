@@ -64,40 +64,60 @@ AS_RELEASED = (
     "model.neck_feature=after",
     "evaluate.mirror=true",
 )
-ROWS = {
-    row.name: row
-    for row in (
-        Row(DIRECT, "direct", remark="the source model as it is"),
-        Row("adabn", "adabn", remark="batch-norm statistics of the target, with which every row below begins"),
-        Row("baseline", "baseline"),
-        Row(REFERENCE, "lf2", (LF2_PARTS,), "one shared batch; its cost is the budget"),
-        Row(
-            "lf2-kmeans",
-            "lf2",
-            AS_RELEASED,
-            "as released: k-means with the number of the target's people, which no user knows; features after the "
-            "neck, mirrored images added at the test; the pooling is that of the source model (GeM), not avg+max",
-        ),
-        Row("mmt", "mmt"),
-        Row("spcl", "spcl", remark="without source images"),
-        Row("cluster-contrast", "cluster-contrast", remark="16 x 4 images a batch, as every row, not 16 x 16"),
-        Row("pplr", "pplr", remark="with its camera proxies"),
-        Row(
-            "best",
-            "best",
-            (CAMERAS, *WITHOUT_LABELS),
-            "with each camera's mean subtracted, eps and k1 chosen without labels",
-        ),
-        Row("baseline + cameras", "baseline", (CAMERAS,), "each camera's mean feature is subtracted before clustering"),
-        Row("cluster-contrast + cameras", "cluster-contrast", (CAMERAS,), "likewise"),
-        Row(
-            SUPERVISED,
-            "",
-            remark="trained on the target's labelled training split from random weights, as the source models are on "
-            "theirs; no source image is used",
-        ),
-    )
-}
+STRATEGIES = (
+    Row(DIRECT, "direct", remark="the source model as it is"),
+    Row("adabn", "adabn", remark="batch-norm statistics of the target, with which every row below begins"),
+    Row("baseline", "baseline"),
+    Row(REFERENCE, "lf2", (LF2_PARTS,), "one shared batch; its cost is the budget"),
+    Row(
+        "lf2-kmeans",
+        "lf2",
+        AS_RELEASED,
+        "as released: k-means with the number of the target's people, which no user knows; features after the "
+        "neck, mirrored images added at the test; the pooling is that of the source model (GeM), not avg+max",
+    ),
+    Row("mmt", "mmt"),
+    Row("spcl", "spcl", remark="without source images"),
+    Row("cluster-contrast", "cluster-contrast", remark="16 x 4 images a batch, as every row, not 16 x 16"),
+    Row("pplr", "pplr", remark="with its camera proxies"),
+    Row(
+        "best",
+        "best",
+        (CAMERAS, *WITHOUT_LABELS),
+        "with each camera's mean subtracted, eps and k1 chosen without labels",
+    ),
+    Row("baseline + cameras", "baseline", (CAMERAS,), "each camera's mean feature is subtracted before clustering"),
+    Row("cluster-contrast + cameras", "cluster-contrast", (CAMERAS,), "likewise"),
+    Row(
+        SUPERVISED,
+        "",
+        remark="trained on the target's labelled training split from random weights, as the source models are on "
+        "theirs; no source image is used",
+    ),
+)
+LF2_PIECES = (
+    Row("lf2, frozen", "lf2", (LF2_PARTS, "adapt.lf2.fusion_module=frozen"), "its Fusion Module keeps random weights"),
+    Row(
+        "lf2, no Fusion Module",
+        "lf2",
+        (LF2_PARTS, "adapt.lf2.fusion_module=absent"),
+        "parts are clustered by their local embeddings",
+    ),
+    Row(
+        "lf2, agreement",
+        "lf2",
+        (LF2_PARTS, "adapt.lf2.part_labels=agreement"),
+        "parts have the clusters of the whole image, each image weighed by how far its part agrees with it",
+    ),
+    Row("lf2, no parts", "lf2", ("adapt.lf2.parts=0",), "the global level alone"),
+)
+BEST_PIECES = (
+    Row("best, no parts", "best", (CAMERAS, *WITHOUT_LABELS, "adapt.best.parts=0"), "the global feature alone"),
+    Row("best, no cameras", "best", WITHOUT_LABELS, "without cameras' means"),
+    Row("best, eps fixed", "best", (CAMERAS,), "with the eps and k1 that all other rows have"),
+    Row("best, eps fixed, no cameras", "best", (), "with neither"),
+)
+ROWS = {row.name: row for row in (*STRATEGIES, *LF2_PIECES, *BEST_PIECES)}
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,7 @@ TABLES = {
             CHOSEN,
             RING,
             (0, 1, 2),
-            tuple(ROWS),
+            tuple(row.name for row in STRATEGIES),
             BUDGETS,
             f"A CNN of 64 x 32 pixels with 128 channels has little room for parts, and {RENDERED}.",
         ),
@@ -176,6 +196,28 @@ TABLES = {
             (DIRECT, "baseline", REFERENCE, "cluster-contrast", "pplr", "best", SUPERVISED),
             (FORWARDS,),
             f"One seed, and one of the pairs is {CHOSEN_ON}, on which settings were chosen; {RENDERED}.",
+        ),
+        Table(
+            "lf2-pieces",
+            "What LF2's Fusion Module and parts are worth",
+            "demo",
+            CHOSEN,
+            RING,
+            (0, 1, 2),
+            (DIRECT, REFERENCE, *(row.name for row in LF2_PIECES)),
+            (FORWARDS,),
+            f"A row that saves forward passes is given more steps; {RENDERED}.",
+        ),
+        Table(
+            "best-pieces",
+            "What the pieces of best are worth",
+            "demo",
+            CHOSEN,
+            RING,
+            (0, 1, 2),
+            (DIRECT, "baseline", "baseline + cameras", "best", *(row.name for row in BEST_PIECES)),
+            (FORWARDS,),
+            f"A row that saves forward passes is given more steps; {RENDERED}.",
         ),
         Table(
             "hybrid",

@@ -117,7 +117,11 @@ BEST_PIECES = (
     Row("best, eps fixed", "best", (CAMERAS,), "with the eps and k1 that all other rows have"),
     Row("best, eps fixed, no cameras", "best", (), "with neither"),
 )
-ROWS = {row.name: row for row in (*STRATEGIES, *LF2_PIECES, *BEST_PIECES)}
+GIVEN_EPS = tuple(
+    Row(f"best, eps {eps}", "best", (CAMERAS, "adapt.cluster.k1=auto", f"adapt.cluster.eps={eps}"))
+    for eps in (0.4, 0.5, 0.6, 0.7)
+)
+ROWS = {row.name: row for row in (*STRATEGIES, *LF2_PIECES, *BEST_PIECES, *GIVEN_EPS)}
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,28 @@ TABLES = {
             (DIRECT, "baseline", "baseline + cameras", "best", *(row.name for row in BEST_PIECES)),
             (FORWARDS,),
             f"A row that saves forward passes is given more steps; {RENDERED}.",
+        ),
+        Table(
+            "eps",
+            "eps without labels against given ones",
+            "demo",
+            CHOSEN,
+            RING,
+            (0,),
+            (DIRECT, "best", *(row.name for row in GIVEN_EPS)),
+            (FORWARDS,),
+            f"One seed, so that differences of two points may be its luck; {RENDERED}.",
+        ),
+        Table(
+            "weak",
+            "From source models stopped at a tenth of their training",
+            "demo",
+            (*CHOSEN, "pretrain.epochs=2"),
+            RING,
+            (0,),
+            (DIRECT, "adabn", "baseline", REFERENCE, "best"),
+            (FORWARDS,),
+            f"One seed; {RENDERED}.",
         ),
         Table(
             "hybrid",

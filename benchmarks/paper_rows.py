@@ -124,7 +124,7 @@ def unsupervised_rows(
 def pplr_rows() -> list[Row]:
     """PPLR with and without camera proxies; the paper's images are 384x128."""
     source = ("lf2-market2duke", "images.height=384")
-    without = ("pplr", "adapt.pplr.camera_weight=0")
+    without = ("pplr", "adapt.camera_proxies.weight=0")
     return [
         *unsupervised_rows("pplr", "PPLR", PPLR, source, without, 81.5, 31.4),
         *unsupervised_rows("pplr-cameras", "PPLR with camera proxies", PPLR, source, ("pplr",), 84.4, 42.2),

@@ -79,7 +79,7 @@ STRATEGIES = (
     Row("mmt", "mmt"),
     Row("spcl", "spcl", remark="without source images"),
     Row("cluster-contrast", "cluster-contrast", remark="16 x 4 images a batch, as every row, not 16 x 16"),
-    Row("pplr", "pplr", remark="with its camera proxies"),
+    Row("pplr", "pplr", ("adapt.camera_proxies.weight=0.5",), "with its camera proxies"),
     Row(
         "best",
         "best",

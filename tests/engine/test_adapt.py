@@ -107,6 +107,7 @@ SWITCHES = {
     **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
     "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     **{f"best, {name}": ("best", overrides) for name, overrides in SHARED.items()},
+    **{f"{name}, camera proxies": (name, ("adapt.camera_proxies.weight=0.5",)) for name in TRAINED_STRATEGIES},
     "best, no parts": ("best", ("adapt.best.parts=0",)),
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, bfloat16": ("cluster-contrast", SHARED["bfloat16"]),

@@ -14,7 +14,8 @@ from tests.strategies.reference import triplet
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.errors import UserError
 from uda_reid.models.part_fusion import join_maps
-from uda_reid.settings import PplrSettings
+from uda_reid.settings import AdaptSettings, CameraProxySettings, PplrSettings
+from uda_reid.strategies import make_strategy
 from uda_reid.strategies.pplr import PPLR
 
 IMAGES = 24
@@ -23,9 +24,12 @@ UNDER = torch.arange(IMAGES) * 5 % 3  # each cluster is seen by all three camera
 CHOSEN = torch.tensor([0, 5, 10, 2, 7, 12, 4, 9, 14])  # three images each of clusters 0, 2 and 4
 
 
-def make_pplr(epochs: int = 1, cameras: Tensor | None = UNDER, **settings: Any) -> PPLR:
+def make_pplr(epochs: int = 1, cameras: Tensor | None = UNDER, camera_weight: float = 0.5, **settings: Any) -> PPLR:
     """Returns PPLR in double precision and training mode, in some epoch over random features."""
-    strategy = PPLR(make_hybrid(), PplrSettings(**{"neighbors": 6, "camera_negatives": 4, **settings})).double()
+    proxies = CameraProxySettings(weight=camera_weight, negatives=4)
+    own = PplrSettings(**{"neighbors": 6, **settings})
+    strategy = make_strategy(make_hybrid(), AdaptSettings("pplr", pplr=own, camera_proxies=proxies)).double()
+    assert isinstance(strategy, PPLR)
     for _ in range(epochs):
         begin(strategy, cameras)
     return strategy.train()
@@ -68,14 +72,14 @@ def overlap(strategy: PPLR, image: int, part: str) -> float:
 
 def info_nce(strategy: PPLR, features: Tensor, rows: Tensor) -> float:
     """Returns InfoNCE of rows with the mean directions of their clusters, by the features, under other cameras."""
-    settings, unit, found = strategy.settings, features / features.norm(dim=1, keepdim=True), []
+    settings, unit, found = strategy.camera_contrast.settings, features / features.norm(dim=1, keepdim=True), []
     pairs = sorted({(int(y), int(c)) for y, c in zip(LABELS, UNDER, strict=True) if y >= 0})
     means = [unit[(label == LABELS) & (camera == UNDER)].mean(dim=0) for label, camera in pairs]
     for image, row in zip(CHOSEN.tolist(), rows, strict=True):
-        scores = [float(row @ mean / row.norm() / mean.norm()) / settings.camera_temperature for mean in means]
+        scores = [float(row @ mean / row.norm() / mean.norm()) / settings.temperature for mean in means]
         both = list(zip(pairs, scores, strict=True))
         positive = [s for (label, camera), s in both if label == LABELS[image] and camera != UNDER[image]]
-        hardest = sorted(s for (label, _), s in both if label != LABELS[image])[-settings.camera_negatives :]
+        hardest = sorted(s for (label, _), s in both if label != LABELS[image])[-settings.negatives :]
         total = math.log(sum(math.exp(s) for s in (*positive, *hardest)))
         found.append(sum(total - s for s in positive) / len(positive))
     return sum(found) / len(found)
@@ -113,7 +117,7 @@ def reference(strategy: PPLR, *, warm: bool) -> dict[str, float]:
         "cross_entropy": whole / len(CHOSEN) / count,
         "cross_entropy_parts": smoothed / len(CHOSEN) / len(parts),
         "triplet_global": sum(triplet(each, LABELS[CHOSEN]) for each in output.embeddings) / count,
-        "cameras": settings.camera_weight * (sum(outer) / count + sum(inner) / len(parts)),
+        "cameras": strategy.camera_contrast.settings.weight * (sum(outer) / count + sum(inner) / len(parts)),
     }
 
 
@@ -189,9 +193,6 @@ def test_what_is_compared_at_retrieval_is_clustered_and_has_no_parts() -> None:
         ({"neighbors": 0}, "adapt.pplr.neighbors must be 1 or more, got 0"),
         ({"beta": 1.5}, r"adapt.pplr.beta must be in \[0, 1\], got 1.5"),
         ({"warmup_epochs": -1}, "adapt.pplr.warmup_epochs must be 0 or more, got -1"),
-        ({"camera_weight": -0.5}, "adapt.pplr.camera_weight must be 0 or more, got -0.5"),
-        ({"camera_negatives": 0}, "adapt.pplr.camera_negatives must be 1 or more, got 0"),
-        ({"camera_temperature": 0.0}, r"adapt.pplr.camera_temperature must be above 0, got 0\.0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], words: str) -> None:

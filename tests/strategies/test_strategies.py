@@ -28,7 +28,7 @@ CASES = {
     "mmt": ("mmt", ()),
     "mmt, one teacher": ("mmt", ("adapt.mmt.result=first",)),
     "pplr": ("pplr", ()),
-    "pplr, two parts, no cameras": ("pplr", ("adapt.pplr.parts=2", "adapt.pplr.camera_weight=0")),
+    "pplr, two parts, no cameras": ("pplr", ("adapt.pplr.parts=2", "adapt.camera_proxies.weight=0")),
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),
     "spcl": ("spcl", ()),

@@ -6,11 +6,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from uda_reid.clustering.pseudo_labels import PseudoLabels, pseudo_labels
+from uda_reid.engine.camera_contrast import CameraContrast
 from uda_reid.engine.optimizer import Losses
 from uda_reid.models.mean_model import ResultModel
 from uda_reid.models.memory import Memory
 from uda_reid.models.reid_model import Classifiers, ReIDModel
-from uda_reid.settings import ClusterSettings
+from uda_reid.settings import CameraProxySettings, ClusterSettings
 
 GLOBAL = "global"  # the level of the whole image
 
@@ -32,6 +33,8 @@ class Strategy(nn.Module):
         heads: classifiers over the clusters, made anew by `begin_epoch`; only `losses` applies them.
         memories: what `begin_epoch` makes beside them and `after_step` updates; it is not trained.
         instances: K, how often a label occurs in a batch; `make_strategy` sets it, None where it is not known.
+        camera_contrast: the contrast with other cameras, an option; `make_strategy` sets it, and the strategy calls it
+            in its `begin_epoch` and `losses`.
     """
 
     levels: tuple[str, ...]
@@ -44,6 +47,7 @@ class Strategy(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict()
         self.memories = nn.ModuleDict()
+        self.camera_contrast = CameraContrast(CameraProxySettings())
 
     @staticmethod
     def result_network(model: ReIDModel, settings: Any) -> ResultModel:

@@ -4,7 +4,7 @@ Nothing here imports torch, so the command line can list and check recipes at on
 own settings object; only `recipe`, `build` and `cli` see a whole `Recipe`.
 """
 
-from uda_reid.settings.adapt import AdaptSettings
+from uda_reid.settings.adapt import AdaptSettings, CameraProxySettings
 from uda_reid.settings.cluster import (
     CLUSTER_METHODS,
     EPS_GRID,
@@ -80,6 +80,7 @@ __all__ = [
     "AutoInt",
     "BaselineSettings",
     "BestSettings",
+    "CameraProxySettings",
     "ClusterContrastSettings",
     "ClusterSettings",
     "CnnSettings",

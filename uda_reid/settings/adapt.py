@@ -22,6 +22,27 @@ from uda_reid.settings.training import OptimSettings
 
 
 @dataclass(frozen=True)
+class CameraProxySettings:
+    """Contrast with the clusters as other cameras see them, beside the losses of any strategy.
+
+    Attributes:
+        weight: 0 leaves it out, as a target without known cameras does; PPLR has 0.5.
+        temperature: divides the similarities to the proxies.
+        negatives: most similar proxies of other clusters that an image is compared with.
+    """
+
+    weight: float = 0.0
+    temperature: float = 0.07
+    negatives: int = 50
+
+    def __post_init__(self) -> None:
+        check_least("adapt.camera_proxies", 0, weight=self.weight)
+        check_least("adapt.camera_proxies", 1, negatives=self.negatives)
+        if self.temperature <= 0:
+            raise UserError(f"adapt.camera_proxies.temperature must be above 0, got {self.temperature}.")
+
+
+@dataclass(frozen=True)
 class AdaptSettings:
     """What every adaptation strategy shares: length, batches, clustering; then one section for each strategy.
 
@@ -49,6 +70,7 @@ class AdaptSettings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    camera_proxies: CameraProxySettings = field(default_factory=CameraProxySettings)
     lf2: LF2Settings = field(default_factory=LF2Settings)
     best: BestSettings = field(default_factory=BestSettings)
     baseline: BaselineSettings = field(default_factory=BaselineSettings)
@@ -83,16 +105,14 @@ class AdaptSettings:
             "adapt.cross_camera": self.cross_camera,
             "adapt.cluster.center_cameras": self.cluster.center_cameras,
             "adapt.cluster.camera_jaccard": self.cluster.camera_jaccard,
-            "adapt.pplr.camera_weight": self.strategy == "pplr" and self.pplr.camera_weight > 0,
+            "adapt.camera_proxies.weight": self.camera_proxies.weight > 0,
         }
         return tuple(name for name, on in switches.items() if on)
 
     def without_cameras(self) -> "AdaptSettings":
-        """Returns the same settings for images whose cameras are unknown: what needs them is switched off.
-
-        The section of the strategy stays as it is; a strategy does without cameras by itself.
-        """
-        return replace(self, cross_camera=False, cluster=self.cluster.without_cameras())
+        """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
+        proxies = replace(self.camera_proxies, weight=0.0)
+        return replace(self, cross_camera=False, cluster=self.cluster.without_cameras(), camera_proxies=proxies)
 
     @property
     def own(self) -> Any:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from uda_reid.errors import UserError
 from uda_reid.settings.checks import check_choice, check_fraction, check_least, check_memory, check_teacher
 from uda_reid.settings.training import CrossInstanceSettings
 
@@ -162,25 +161,17 @@ class PplrSettings:
         neighbors: k of the cross agreement.
         beta: share of the pseudo-label in the targets of the whole image, the rest being what the parts predict.
         warmup_epochs: in which the parts are trained by plain cross-entropy.
-        camera_weight: of the camera proxies; 0 leaves them out, as a target without known cameras does.
-        camera_temperature, camera_negatives: of the camera proxies.
     """
 
     parts: int = 3
     neighbors: int = 20
     beta: float = 0.5
     warmup_epochs: int = 5
-    camera_weight: float = 0.5
-    camera_temperature: float = 0.07
-    camera_negatives: int = 50
 
     def __post_init__(self) -> None:
         check_least("adapt.pplr", 1, parts=self.parts, neighbors=self.neighbors)
-        check_least("adapt.pplr", 1, camera_negatives=self.camera_negatives)
-        check_least("adapt.pplr", 0, warmup_epochs=self.warmup_epochs, camera_weight=self.camera_weight)
+        check_least("adapt.pplr", 0, warmup_epochs=self.warmup_epochs)
         check_fraction("adapt.pplr", beta=self.beta)
-        if self.camera_temperature <= 0:
-            raise UserError(f"adapt.pplr.camera_temperature must be above 0, got {self.camera_temperature}.")
 
 
 def section_of(strategy: str) -> str:

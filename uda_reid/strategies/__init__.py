@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from uda_reid.engine.camera_contrast import CameraContrast
 from uda_reid.engine.strategy import Strategy
 from uda_reid.models.mean_model import ResultModel
 from uda_reid.models.reid_model import ReIDModel
@@ -33,6 +34,8 @@ def make_strategy(model: ReIDModel, settings: AdaptSettings) -> Strategy:
     """Returns the strategy that `adapt.strategy` names, around a source model."""
     strategy: Strategy = CLASSES[settings.strategy](model, settings.own)
     strategy.instances = settings.instances
+    strategy.camera_contrast = CameraContrast(settings.camera_proxies)
+    strategy.loss_names += strategy.camera_contrast.loss_names
     return strategy
 
 

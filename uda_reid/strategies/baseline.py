@@ -41,18 +41,20 @@ class Baseline(SingleModel):
     def begin_epoch(
         self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
     ) -> None:
-        self.heads = nn.ModuleDict()
+        self.heads, self.memories = nn.ModuleDict(), nn.ModuleDict()
         if labels[GLOBAL].has_clusters:
             weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
             self.heads["classifiers"] = Classifiers.from_centroids(weights, self.result.output_widths)
+            self.begin_camera_contrast(features, labels, cameras)
 
     def losses(
         self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
     ) -> Losses:
         output, targets, count = outputs[GLOBAL], labels[GLOBAL], len(outputs[GLOBAL].embeddings)
         smoothing = self.settings.label_smoothing
-        return {
+        losses = {
             "cross_entropy": classification_loss(output.bn_embeddings, self.heads["classifiers"], targets, smoothing)
             / count,
             "triplet_global": triplet_loss(output.embeddings, targets) / count,
         }
+        return losses | self.camera_contrast.losses(self.memories, [output.bn_embeddings], targets, indices[GLOBAL])

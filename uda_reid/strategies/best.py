@@ -161,6 +161,8 @@ class Best(Strategy):
             return
         found = labels[GLOBAL].labels
         self.memories["whole"] = ClusterMemory.make(features["bn_embedding"], found, self.output_widths)
+        tables = features["bn_embedding"].split(list(self.output_widths), dim=1)
+        self.camera_contrast.begin_epoch(self.memories, tables, found, cameras)
         if self.part_widths:
             for name in ("local", "fused"):
                 self.memories[name] = ClusterMemory.make(features[name], found, self.part_widths)
@@ -182,7 +184,7 @@ class Best(Strategy):
             fused = self.fused.loss(self.memories["fused"], output.fused, targets, trust)
             # The memories' losses are means over the parts.
             losses["contrast_parts"] = self.settings.part_weight * len(self.part_widths) * (local + fused) / 2
-        return losses
+        return losses | self.camera_contrast.losses(self.memories, [output.bn_embeddings], targets, indices[GLOBAL])
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the centroids towards the images of the step, and the teacher towards the student."""

@@ -57,12 +57,14 @@ class ClusterContrast(SingleModel):
         if labels[GLOBAL].has_clusters:
             widths = self.result.output_widths
             self.memories["clusters"] = ClusterMemory.make(features["bn_embedding"], labels[GLOBAL].labels, widths)
+            self.begin_camera_contrast(features, labels, cameras)
 
     def losses(
         self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
     ) -> Losses:
         memory, embeddings = self.memories["clusters"], outputs[GLOBAL].bn_embeddings
-        return {"contrast": self.clusters.loss(memory, embeddings, labels[GLOBAL])}
+        losses = {"contrast": self.clusters.loss(memory, embeddings, labels[GLOBAL])}
+        return losses | self.camera_contrast.losses(self.memories, [embeddings], labels[GLOBAL], indices[GLOBAL])
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the centroids towards the images of the step."""

@@ -226,6 +226,8 @@ class LF2(Strategy):
             self.heads["cross"] = self.cross.classifiers(labels[GLOBAL].clusters).to(device)
         weights = centroids(features["bn_embedding"], labels[GLOBAL].labels)
         self.heads["classifiers"] = Classifiers.from_centroids(weights, self.output_widths)
+        tables = features["bn_embedding"].split(list(self.output_widths), dim=1)
+        self.camera_contrast.begin_epoch(self.memories, tables, labels[GLOBAL].labels, cameras)
 
     def losses(
         self,
@@ -255,7 +257,7 @@ class LF2(Strategy):
         }
         if self.cross is not None:
             losses |= self.cross.losses(output, labels, indices, self.heads["cross"], smoothing)
-        return losses
+        return losses | self.camera_contrast.losses(self.memories, [output.bn_embeddings], labels, indices)
 
     def _agreement(self, level: str, images: Tensor) -> Tensor | None:
         """Returns how far each image's part agrees with the whole, [B] float; None where parts have own clusters."""

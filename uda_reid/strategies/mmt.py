@@ -169,6 +169,8 @@ class MMT(Strategy):
             self.heads[name] = Classifiers.from_centroids(weights, self.output_widths)
             averages = {f"weight{i}": weight.detach().clone() for i, weight in enumerate(self.heads[name].parameters())}
             self.memories[name] = Memory(**averages)
+        tables = [table for name in NAMES for table in features[name].split(list(self.output_widths), dim=1)]
+        self.camera_contrast.begin_epoch(self.memories, tables, labels[GLOBAL].labels, cameras)
 
     def losses(
         self, outputs: Mapping[str, MmtOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
@@ -177,7 +179,9 @@ class MMT(Strategy):
         output, targets = outputs[GLOBAL], labels[GLOBAL]
         pairs = zip(NAMES, output.networks, reversed(NAMES), reversed(output.teachers), strict=True)
         found = [self._losses_of(*pair, targets) for pair in pairs]
-        return {name: torch.stack([losses[name] for losses in found]).sum() for name in self.loss_names}
+        losses = {name: torch.stack([each[name] for each in found]).sum() for name in MMT.loss_names}
+        groups = [own.bn_embeddings for own in output.networks]
+        return losses | self.camera_contrast.losses(self.memories, groups, targets, indices[GLOBAL])
 
     def _losses_of(self, name: str, own: Embedded, peer_name: str, peer: Embedded, labels: Tensor) -> Losses:
         """Returns the weighted losses of a network that the other one's teacher teaches."""
@@ -206,6 +210,6 @@ class MMT(Strategy):
         for average, student in zip(self.networks.averages, self.networks.students, strict=True):
             average.follow(student, step)
         weight = (1 - min(1 - 1 / (step + 1), self.settings.teacher_momentum)) * (1 - skipped)
-        for name in self.memories:
+        for name in self.heads:
             for table, current in zip(self.memories[name].buffers(), self.heads[name].parameters(), strict=True):
                 table.lerp_(current, weight.to(table.dtype))

@@ -25,21 +25,19 @@ averaged, with the same targets. Differs from the released code: the triplet is 
 label-smoothed during the warm-up, and images without a proxy under another camera do not count in the mean of InfoNCE.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uda_reid.clustering.agreement import cross_agreement
-from uda_reid.clustering.camera_proxies import camera_proxies
 from uda_reid.clustering.pseudo_labels import PseudoLabels, centroids
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
 from uda_reid.engine.strategy import GLOBAL, Strategy
 from uda_reid.losses.agreement import agreement_smoothed_cross_entropy, refined_targets
-from uda_reid.losses.camera_proxies import camera_proxy_loss
 from uda_reid.losses.soft_targets import soft_cross_entropy
 from uda_reid.models.batch_norm import BNNeck
 from uda_reid.models.memory import Memory
@@ -96,8 +94,6 @@ class PPLR(Strategy):
         self.networks = PplrNetworks(model, settings.parts)
         self.part_names = tuple(f"part{number + 1}" for number in range(settings.parts))
         self.loss_names = ("cross_entropy", "cross_entropy_parts", "triplet_global")
-        if settings.camera_weight:
-            self.loss_names += ("cameras",)
 
     @staticmethod
     def result_network(model: ReIDModel, settings: PplrSettings) -> ReIDModel:
@@ -146,19 +142,8 @@ class PPLR(Strategy):
         agreement = cross_agreement(features[GLOBAL], parts, self.settings.neighbors)
         trust = torch.ones_like(agreement) if epoch < self.settings.warmup_epochs else agreement
         self.memories["agreement"] = Memory(agreement=agreement, trust=trust.clone())
-        if cameras is not None and self.settings.camera_weight:
-            self.memories["cameras"] = self._camera_memory(features["bn_embedding"], parts, found, cameras)
-
-    def _camera_memory(self, whole: Tensor, parts: Sequence[Tensor], labels: Tensor, cameras: Tensor) -> Memory:
-        """Returns the proxies of each output and each part side by side, and the cameras of all images."""
-        tables = [*whole.split(list(self.result.output_widths), dim=1), *parts]
-        made = [camera_proxies(table, labels, cameras) for table in tables]
-        return Memory(
-            of_images=cameras.to(whole.device, copy=True),
-            proxies=torch.cat([each.proxies for each in made], dim=1),
-            proxy_clusters=made[0].clusters,
-            proxy_cameras=made[0].cameras,
-        )
+        whole = features["bn_embedding"].split(list(self.result.output_widths), dim=1)
+        self.camera_contrast.begin_epoch(self.memories, [*whole, *parts], found, cameras)
 
     def losses(
         self, outputs: Mapping[str, PplrOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
@@ -179,28 +164,5 @@ class PPLR(Strategy):
             "cross_entropy_parts": torch.stack(parts).mean(),
             "triplet_global": triplet_loss(output.embeddings, targets) / len(output.embeddings),
         }
-        if self.settings.camera_weight:
-            losses["cameras"] = self.settings.camera_weight * self._camera_loss(output, targets, images)
-        return losses
-
-    def _camera_loss(self, output: PplrOutput, labels: Tensor, images: Tensor) -> Tensor:
-        """Returns the mean of InfoNCE over the outputs plus its mean over the parts; 0 where cameras are not known."""
-        if "cameras" not in self.memories:
-            return output.parts[0].new_zeros(())
-        memory, embeddings = dict(self.memories["cameras"].named_buffers()), [*output.bn_embeddings, *output.parts]
-        cameras, widths = memory["of_images"][images], [embedding.shape[1] for embedding in embeddings]
-        found = [
-            camera_proxy_loss(
-                embedding,
-                labels,
-                cameras,
-                proxies,
-                memory["proxy_clusters"],
-                memory["proxy_cameras"],
-                negatives=self.settings.camera_negatives,
-                temperature=self.settings.camera_temperature,
-            )
-            for embedding, proxies in zip(embeddings, memory["proxies"].split(widths, dim=1), strict=True)
-        ]
-        outputs = len(output.bn_embeddings)
-        return torch.stack(found[:outputs]).mean() + torch.stack(found[outputs:]).mean()
+        groups = (output.bn_embeddings, output.parts)
+        return losses | self.camera_contrast.losses(self.memories, groups, targets, images)

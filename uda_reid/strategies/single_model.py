@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.engine.features import fresh_statistics
 from uda_reid.engine.objectives import GlobalOutput
 from uda_reid.engine.strategy import GLOBAL, Strategy
@@ -54,6 +55,13 @@ class SingleModel(Strategy):
         with fresh_statistics(self.result):
             for images, camera_indices in batches:
                 self.result(images, camera_indices)
+
+    def begin_camera_contrast(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, PseudoLabels], cameras: Tensor | None
+    ) -> None:
+        """Makes the camera proxies of every output, if they are switched on."""
+        tables = features["bn_embedding"].split(list(self.result.output_widths), dim=1)
+        self.camera_contrast.begin_epoch(self.memories, tables, labels[GLOBAL].labels, cameras)
 
     def encode(self, images: Tensor, camera_indices: Tensor) -> dict[str, Tensor]:
         """Returns the retrieval feature as level "global", and "bn_embedding", all outputs after their necks."""

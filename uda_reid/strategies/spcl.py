@@ -79,13 +79,15 @@ class SpCL(SingleModel):
         if labels[GLOBAL].has_clusters:
             widths = self.result.output_widths
             self.memories["images"] = HybridMemory.make(features["bn_embedding"], labels[GLOBAL].labels, widths)
+            self.begin_camera_contrast(features, labels, cameras)
 
     def losses(
         self, outputs: Mapping[str, GlobalOutput], labels: Mapping[str, Tensor], indices: Mapping[str, Tensor]
     ) -> Losses:
         """Returns the contrast; the memory knows the classes, of which `labels` has only the clusters."""
         memory, embeddings = self.memories["images"], outputs[GLOBAL].bn_embeddings
-        return {"contrast": self.hybrid.loss(memory, embeddings, indices[GLOBAL])}
+        losses = {"contrast": self.hybrid.loss(memory, embeddings, indices[GLOBAL])}
+        return losses | self.camera_contrast.losses(self.memories, [embeddings], labels[GLOBAL], indices[GLOBAL])
 
     def after_step(self, step: int, skipped: Tensor) -> None:
         """Moves the features and prototypes of the images of the step."""

@@ -96,11 +96,11 @@ STRATEGIES = (
     ),
 )
 LF2_PIECES = (
-    Row("lf2, frozen", "lf2", (LF2_PARTS, "adapt.lf2.fusion_module=frozen"), "its Fusion Module keeps random weights"),
+    Row("lf2, frozen", "lf2", (LF2_PARTS, "adapt.lf2.train_fusion=false"), "its Fusion Module keeps random weights"),
     Row(
         "lf2, no Fusion Module",
         "lf2",
-        (LF2_PARTS, "adapt.lf2.fusion_module=absent"),
+        (LF2_PARTS, "adapt.lf2.fusion_module=false"),
         "parts are clustered by their local embeddings",
     ),
     Row(

@@ -53,7 +53,6 @@ CHOICES: dict[str, Any] = {
     "images.std": (1.0, 2.0, 3e-7),
     "adapt.lf2.teacher_momentum": 0.5,
     "adapt.mmt.result": "first",
-    "adapt.lf2.fusion_module": "frozen",
     "adapt.lf2.part_labels": "agreement",
     "adapt.cluster.method": "kmeans",
     "adapt.cluster.backend": "torch",

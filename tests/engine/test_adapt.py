@@ -95,10 +95,10 @@ SHARED = {
 SWITCHES = {
     **{name: ("lf2", overrides) for name, overrides in SHARED.items()},
     "no teacher": ("lf2", ("adapt.lf2.teacher=false",)),
-    "no fusion module": ("lf2", ("adapt.lf2.fusion_module=absent",)),
-    "frozen fusion module": ("lf2", ("adapt.lf2.fusion_module=frozen",)),
+    "no fusion module": ("lf2", ("adapt.lf2.fusion_module=false",)),
+    "frozen fusion module": ("lf2", ("adapt.lf2.train_fusion=false",)),
     "parts by agreement": ("lf2", ("adapt.lf2.part_labels=agreement",)),
-    "neither": ("lf2", ("adapt.lf2.teacher=false", "adapt.lf2.fusion_module=absent")),
+    "neither": ("lf2", ("adapt.lf2.teacher=false", "adapt.lf2.fusion_module=false")),
     "global level alone": ("lf2", ("adapt.lf2.parts=0",)),
     "three parts": ("lf2", ("adapt.lf2.parts=3", "adapt.shared_batch=false")),
     "cross-instance": ("lf2", CROSS),

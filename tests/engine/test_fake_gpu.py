@@ -44,7 +44,7 @@ X_REID = ("cross_instance.intra=1", "cross_instance.inter=1")
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "lf2, X-ReID": ("lf2", tuple(f"adapt.lf2.{key}" for key in X_REID)),
     "lf2, no teacher": ("lf2", ("adapt.lf2.teacher=false",)),
-    "lf2, no Fusion Module": ("lf2", ("adapt.lf2.fusion_module=absent",)),
+    "lf2, no Fusion Module": ("lf2", ("adapt.lf2.fusion_module=false",)),
     "lf2, a shared batch": ("lf2", ("adapt.shared_batch=true",)),
     "lf2, groups": ("lf2", ("training.batch_norm_group=64",)),
     "lf2, chunks": ("lf2", ("training.accumulate=4", "training.checkpoint_activations=true")),

@@ -16,7 +16,7 @@ from uda_reid.settings import ClusterSettings, CrossInstanceSettings, LF2Setting
 from uda_reid.strategies.lf2 import LF2, level_names
 
 LEVELS = ("global", "upper", "lower")
-SWITCHES = [{}, {"teacher": False}, {"fusion_module": "absent"}, {"parts": 0}, {"parts": 3}]
+SWITCHES = [{}, {"teacher": False}, {"fusion_module": False}, {"parts": 0}, {"parts": 3}]
 CROSS = CrossInstanceSettings(intra=1.0, inter=0.5, heads=3)
 
 
@@ -125,7 +125,7 @@ def test_losses_without_one_of_the_parts(switches: dict[str, Any]) -> None:
 
 
 def test_in_a_shared_batch_an_outlier_is_nobodys_positive() -> None:
-    strategy = make_lf2(fusion_module="absent")
+    strategy = make_lf2(fusion_module=False)
     images, cameras, _, labels = make_batch(["global"])
     part = torch.tensor([2, 2, -1, -1, 2, 0, 0, -1, 1])
     rows, names = slice(0, 9), {"global": labels["global"], "upper": part, "lower": torch.full_like(part, -1)}
@@ -202,7 +202,7 @@ def test_every_trainable_parameter_gets_a_gradient(statistics: str, switches: di
 
 
 def test_a_frozen_fusion_module_has_the_losses_of_a_trained_one_and_stays_as_it_is() -> None:
-    trained, frozen = make_lf2(), make_lf2(fusion_module="frozen")
+    trained, frozen = make_lf2(), make_lf2(train_fusion=False)
     frozen.load_state_dict(trained.state_dict())
     losses = losses_of(frozen, LEVELS)
     for name, loss in losses_of(trained, LEVELS).items():
@@ -222,7 +222,7 @@ def neighbors_of(features: Tensor, image: int, k: int) -> set[int]:
 
 
 def test_parts_by_agreement_have_the_clusters_of_the_whole_image_and_count_as_they_agree() -> None:
-    strategy = make_lf2(part_labels="agreement", neighbors=4, fusion_module="absent")
+    strategy = make_lf2(part_labels="agreement", neighbors=4, fusion_module=False)
     features = {level: torch.randn(12, 6, dtype=torch.float64) for level in LEVELS}
     settings = ClusterSettings(method="kmeans", clusters=3)
     found = {level: strategy.cluster(level, features[level], settings, None, 0) for level in LEVELS}
@@ -304,8 +304,8 @@ def test_the_teacher_follows_the_student_after_each_step(strategy: LF2) -> None:
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-@pytest.mark.parametrize("fusion_module", ["trained", "frozen", "absent"])
-def test_features_of_the_levels(teacher: bool, fusion_module: str) -> None:
+@pytest.mark.parametrize("fusion_module", [True, False])
+def test_features_of_the_levels(teacher: bool, fusion_module: bool) -> None:
     strategy = make_lf2(teacher=teacher, fusion_module=fusion_module).eval()
     networks = strategy.networks
     images, cameras, _, _ = make_batch(LEVELS)
@@ -317,7 +317,7 @@ def test_features_of_the_levels(teacher: bool, fusion_module: str) -> None:
         torch.testing.assert_close(features["global"], networks.teacher.global_feature(global_output))
         for part, level in enumerate(LEVELS[1:]):
             expected = parts_output.part_embeddings[part]
-            if fusion_module != "absent":
+            if fusion_module:
                 module, pooled = fusion_of(strategy).parts[part], parts_output.pooled_parts[part]
                 expected = fused(module, pooled.average, pooled.maximum, global_output.feature_map)
             torch.testing.assert_close(features[level], expected)

@@ -18,8 +18,8 @@ from uda_reid.strategies import CLASSES, make_strategy, result_network
 CASES = {
     "lf2": ("lf2", ()),
     "lf2, no teacher": ("lf2", ("adapt.lf2.teacher=false",)),
-    "lf2, no fusion module": ("lf2", ("adapt.lf2.fusion_module=absent",)),
-    "lf2, frozen fusion module": ("lf2", ("adapt.lf2.fusion_module=frozen",)),
+    "lf2, no fusion module": ("lf2", ("adapt.lf2.fusion_module=false",)),
+    "lf2, frozen fusion module": ("lf2", ("adapt.lf2.train_fusion=false",)),
     "lf2, parts by agreement": ("lf2", ("adapt.lf2.part_labels=agreement",)),
     "lf2, no parts": ("lf2", ("adapt.lf2.parts=0",)),
     "lf2, three parts": ("lf2", ("adapt.lf2.parts=3",)),

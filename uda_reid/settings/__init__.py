@@ -29,7 +29,6 @@ from uda_reid.settings.model import (
 )
 from uda_reid.settings.recipe import EvaluateSettings, Recipe
 from uda_reid.settings.strategies import (
-    FUSION_MODULES,
     MMT_RESULTS,
     PART_LABELS,
     STRATEGIES,
@@ -59,7 +58,6 @@ __all__ = [
     "CLUSTER_METHODS",
     "EPS_GRID",
     "ERASE_FILLS",
-    "FUSION_MODULES",
     "K1_GRID",
     "MMT_RESULTS",
     "NECK_FEATURES",

@@ -8,7 +8,6 @@ from uda_reid.settings.training import CrossInstanceSettings
 TRAINED_STRATEGIES = ("best", "lf2", "baseline", "mmt", "pplr", "cluster-contrast", "spcl")
 STRATEGIES = (*TRAINED_STRATEGIES, "direct", "adabn")
 MMT_RESULTS = ("mean", "first")
-FUSION_MODULES = ("trained", "frozen", "absent")
 PART_LABELS = ("own", "agreement")
 
 
@@ -97,8 +96,8 @@ class LF2Settings:
     Attributes:
         parts: horizontal stripes of the feature map, each a level beside the global one; 0 for none.
         teacher: False makes the student its own teacher (ablation).
-        fusion_module: "trained"; "frozen" keeps its random weights, as the released code does; "absent" clusters the
-            parts by their local embeddings alone.
+        fusion_module: False clusters the parts by their local embeddings alone (ablation).
+        train_fusion: False keeps the random weights of the Fusion Module, as the released code does.
         reduction: C over the hidden width of the Fusion Module's MLP.
         part_labels: "own" clusters each part by itself; "agreement" gives it the clusters of the whole image, and
             weighs each image of its loss by the cross agreement of part and whole.
@@ -110,7 +109,8 @@ class LF2Settings:
 
     parts: int = 2
     teacher: bool = True
-    fusion_module: str = "trained"
+    fusion_module: bool = True
+    train_fusion: bool = True
     reduction: int = 4
     part_labels: str = "own"
     neighbors: int = 20
@@ -122,7 +122,6 @@ class LF2Settings:
     def __post_init__(self) -> None:
         check_least("adapt.lf2", 0, parts=self.parts)
         check_least("adapt.lf2", 1, reduction=self.reduction, neighbors=self.neighbors)
-        check_choice("adapt.lf2.fusion_module", self.fusion_module, FUSION_MODULES)
         check_choice("adapt.lf2.part_labels", self.part_labels, PART_LABELS)
         check_fraction("adapt.lf2", label_smoothing=self.label_smoothing)
         check_teacher("adapt.lf2", self.teacher_momentum)

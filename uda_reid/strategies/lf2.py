@@ -75,9 +75,9 @@ class LF2Networks(nn.Module):
         super().__init__()
         self.student = PartReIDModel(model, settings.parts)
         self.ema = EmaTeacher(self.student, alpha=settings.teacher_momentum) if settings.teacher else None
-        fuses = settings.fusion_module != "absent" and settings.parts > 0
+        fuses = settings.fusion_module and settings.parts > 0
         self.fusion = FusionModules(model.map_channels, settings.parts, settings.reduction) if fuses else None
-        if self.fusion is not None and settings.fusion_module == "frozen":
+        if self.fusion is not None and not settings.train_fusion:
             self.fusion.requires_grad_(False)
         self.part_levels = level_names(settings.parts)[1:]
         self.with_map = with_map
@@ -163,7 +163,7 @@ class LF2(Strategy):
     @property
     def trained(self) -> list[nn.Module]:
         networks = self.networks
-        if networks.fusion is None or self.settings.fusion_module == "frozen":
+        if networks.fusion is None or not self.settings.train_fusion:
             return [networks.student]
         return [networks.student, networks.fusion]
 

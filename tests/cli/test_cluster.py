@@ -74,6 +74,10 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
     [
         (["--center-cameras"], {"center_cameras": True}),
         (
+            ["--center-cameras", "--camera-whitening", "0.5"],
+            {"center_cameras": True, "camera_whitening": 0.5},
+        ),
+        (
             ["--camera-jaccard", "--k1-intra", "4", "--k1-inter", "9", "--k2-intra", "3", "--k2-inter", "2"],
             {"camera_jaccard": True, "k1_intra": 4, "k1_inter": 9, "k2_intra": 3, "k2_inter": 2},
         ),

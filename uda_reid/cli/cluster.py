@@ -31,6 +31,12 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     help="Points within eps that make a point core.",
 )
 @click.option("--center-cameras", is_flag=True, help="Subtract each camera's mean feature first.")
+@click.option(
+    "--camera-whitening",
+    default=ClusterSettings.camera_whitening,
+    show_default=True,
+    help="Even out the spread of each camera's centered features, 0 to 1.",
+)
 @click.option("--camera-jaccard", is_flag=True, help="Take the camera-aware Jaccard distance (CA-Jaccard).")
 @click.option("--k1-intra", default=ClusterSettings.k1_intra, show_default=True, help="Its neighbors within a camera.")
 @click.option(
@@ -65,6 +71,7 @@ def cluster(
     eps: str,
     min_samples: int,
     center_cameras: bool,
+    camera_whitening: float,
     camera_jaccard: bool,
     k1_intra: int,
     k1_inter: int,
@@ -101,6 +108,7 @@ def cluster(
         largest_share=largest_share,
         backend=backend,
         center_cameras=center_cameras,
+        camera_whitening=camera_whitening,
         camera_jaccard=camera_jaccard,
         k1_intra=k1_intra,
         k1_inter=k1_inter,
@@ -169,6 +177,7 @@ def cluster(
             "largest_share": largest_share,
             "backend": backend,
             "center_cameras": settings.center_cameras,
+            "camera_whitening": settings.camera_whitening,
             "camera_jaccard": settings.camera_jaccard,
             "k1_intra": k1_intra,
             "k1_inter": k1_inter,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from uda_reid.clustering.cameras import center_cameras
+from uda_reid.clustering.cameras import center_cameras, whiten_cameras
 from uda_reid.distributed import world_size
 from uda_reid.errors import UserError
 from uda_reid.retrieval.encoding import PairSimilarities
@@ -45,7 +45,7 @@ class StageTimer:
 
 
 def comparable_rows(features: Tensor, settings: ClusterSettings, cameras: Tensor | None) -> Tensor:
-    """Returns the features as they are compared: L2-normalized, and centered by camera if it is set. Collective.
+    """Returns the features as they are compared: L2-normalized, centered and whitened by camera if set. Collective.
 
     Arguments are those of `build_graph`.
     """
@@ -53,7 +53,8 @@ def comparable_rows(features: Tensor, settings: ClusterSettings, cameras: Tensor
     if not settings.center_cameras:
         return rows
     assert cameras is not None, "centering needs the cameras; see ClusterSettings.without_cameras"
-    return center_cameras(rows, cameras)
+    centered = center_cameras(rows, cameras)
+    return whiten_cameras(centered, cameras, settings.camera_whitening) if settings.camera_whitening else centered
 
 
 def build_graph(

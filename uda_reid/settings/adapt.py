@@ -104,6 +104,7 @@ class AdaptSettings:
         switches = {
             "adapt.cross_camera": self.cross_camera,
             "adapt.cluster.center_cameras": self.cluster.center_cameras,
+            "adapt.cluster.camera_whitening": self.cluster.camera_whitening > 0,
             "adapt.cluster.camera_jaccard": self.cluster.camera_jaccard,
             "adapt.camera_proxies.weight": self.camera_proxies.weight > 0,
         }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from uda_reid.errors import UserError
-from uda_reid.settings.checks import check_choice, check_least
+from uda_reid.settings.checks import check_choice, check_fraction, check_least
 
 CLUSTER_METHODS = ("dbscan", "kmeans")
 SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
@@ -33,6 +33,8 @@ class ClusterSettings:
         clusters: number of clusters of k-means.
         backend: of the neighbor search.
         center_cameras: subtract each camera's mean feature before the distance is taken.
+        camera_whitening: in [0, 1], how far the spread of each camera's centered features is evened out: 0 not at all,
+            1 until it is the same in every direction.
         camera_jaccard: the camera-aware Jaccard distance (CA-Jaccard), which replaces k1 and k2 by the next four.
         k1_intra, k1_inter: neighbors within an image's own camera, itself not counted, and among all other cameras.
         k2_intra, k2_inter: rows averaged of either kind, the image itself counted in the first.
@@ -47,6 +49,7 @@ class ClusterSettings:
     clusters: int = 700
     backend: str = "auto"
     center_cameras: bool = False
+    camera_whitening: float = 0.0
     camera_jaccard: bool = False
     k1_intra: int = 5
     k1_inter: int = 20
@@ -69,6 +72,11 @@ class ClusterSettings:
         check_least("cluster", 1, min_samples=self.min_samples, clusters=self.clusters)
         if not 0 < self.largest_share <= 1:
             raise UserError(f"cluster.largest_share must be above 0 and at most 1, got {self.largest_share}.")
+        check_fraction("cluster", camera_whitening=self.camera_whitening)
+        if self.camera_whitening and not self.center_cameras:
+            raise UserError(
+                f"cluster.camera_whitening is {self.camera_whitening}, but it needs cluster.center_cameras = true."
+            )
         if self.camera_jaccard:
             self._check_camera_jaccard()
 
@@ -90,7 +98,7 @@ class ClusterSettings:
 
     def without_cameras(self) -> "ClusterSettings":
         """Returns the same settings for images whose cameras are unknown: what needs them is switched off."""
-        return replace(self, center_cameras=False, camera_jaccard=False)
+        return replace(self, center_cameras=False, camera_whitening=0.0, camera_jaccard=False)
 
     @property
     def k1_values(self) -> tuple[int, ...]:

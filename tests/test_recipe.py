@@ -122,6 +122,8 @@ def test_an_empty_recipe_is_the_defaults_and_reads_back() -> None:
 def test_every_key_reads_back_what_was_written(key: str) -> None:
     default = leaves(Recipe())[key]
     base = with_value(Recipe(), ["adapt", "strategy"], strategy_of(key))
+    if key == "adapt.cluster.camera_whitening":  # of features that are centered
+        base = with_value(base, ["adapt", "cluster", "center_cameras"], True)
     changed = with_value(base, key.split("."), other_value(key, default))
     assert changed != base
     again = parse_recipe(dump_recipe(changed))

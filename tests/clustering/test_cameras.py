@@ -54,7 +54,8 @@ def looped_whiten(rows: np.ndarray, cameras: list[int], power: float) -> np.ndar
         mean = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         values, vectors = np.linalg.eigh((1 - SHRINKAGE) * covariance + SHRINKAGE * mean)
         for i in members:
-            found = sum(value ** (-power / 2) * vector * (vector @ rows[i]) for value, vector in zip(values, vectors.T))
+            terms = zip(values ** (-power / 2), vectors.T, strict=True)
+            found = sum(factor * vector * (vector @ rows[i]) for factor, vector in terms)
             whitened[i] = found / np.linalg.norm(found)
     return whitened
 
@@ -76,10 +77,8 @@ def test_whitening_equals_the_loop(width: int, cameras: list[int], power: float)
 def test_without_power_whitening_changes_nothing_and_with_it_spreads_become_alike() -> None:
     generator = torch.Generator().manual_seed(2)
     cameras = torch.arange(400) % 2
-    stretched = (
-        torch.randn(400, 6, generator=generator) * torch.tensor([[3.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 3]])[cameras]
-    )
-    rows = center_cameras(normalize(stretched), cameras)
+    stretch = torch.tensor([[3.0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 3]])[cameras]
+    rows = center_cameras(normalize(stretch * torch.randn(400, 6, generator=generator)), cameras)
     torch.testing.assert_close(whiten_cameras(rows, cameras, 0.0), rows)
 
     def difference(table: Tensor) -> float:

@@ -124,7 +124,14 @@ def test_graphs_share_one_search(bank_of_people: Bank) -> None:
 
 @pytest.mark.parametrize(
     ("labels", "k1", "expected"),
-    [([0, 0, 0, 0, -1], 8, 0.0), ([0, 0, 0, 1, -1], 8, math.log(2)), ([0] * 16, 8, math.log(4)), ([-1], 8, math.inf)],
+    [
+        ([0] * 10, 12, 0.0),
+        ([0, 1] * 5, 12, math.log(2)),
+        ([0] * 20, 12, math.log(2)),
+        ([0] * 5 + [-1] * 15, 12, 0.0),
+        ([0] * 5 + [1] * 5 + [-1] * 30, 6, math.log(2)),
+        ([-1], 8, math.inf),
+    ],
 )
 def test_list_mismatch(labels: list[int], k1: int, expected: float) -> None:
     assert list_mismatch(torch.tensor(labels), k1) == pytest.approx(expected)

@@ -2,7 +2,7 @@
 
 - eps: the value of EPS_GRID whose clusters have the greatest mean silhouette (Rousseeuw, "Silhouettes: a graphical aid
   to the interpretation and validation of cluster analysis", J. Comput. Appl. Math. 1987) in the Jaccard distance.
-- k1: the value of K1_GRID nearest to twice the mean size of the clusters that it leads to, by ratio.
+- k1: the value of K1_GRID that is nearest, by ratio, to the images of a person as its own clusters tell them.
 - guard: while one cluster holds more than a share of all clustered images, and more than PERSON_LISTS k1 images, eps
   is lowered along EPS_GRID.
 
@@ -12,7 +12,7 @@ How each was found, and what failed, is in EXPERIMENTS.md.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, log
+from math import inf, log, sqrt
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from uda_reid.settings import EPS_GRID, ClusterSettings
 
 # A list of k1 neighbors is about as long as a person has images, so a cluster of several lists is hardly one person.
 PERSON_LISTS = 4
+_OF_MEAN = 1.2  # found with `list_mismatch`, see EXPERIMENTS.md
 _FIXED_POINT = 2**30  # sums of integers are the same in every order and on every device
 
 
@@ -118,16 +119,19 @@ def largest_cluster(labels: Tensor) -> tuple[int, float]:
 
 
 def list_mismatch(labels: Tensor, k1: int) -> float:
-    """Returns |log(2 s / k1)| for clusters of mean size s, infinity if there are none.
+    """Returns |log(1.2 s / k1)| with s = sqrt(n N) / M images a person, infinity if there are no clusters.
 
-    Lists should be about as long as people have images. Clusters miss some of those (outliers, and people who are
-    split), hence the two.
+    n of the N images are in M clusters. Lists should be about as long as people have images: more than n / M, since
+    outliers show the same people, and fewer than N / M, since some people have no cluster. s is the geometric mean.
 
     Args:
         labels: [N] int64, OUTLIER where an image is in no cluster.
     """
     clusters = int(labels.max()) + 1
-    return abs(log(2 * int((labels != OUTLIER).sum()) / clusters / k1)) if clusters else inf
+    if clusters == 0:
+        return inf
+    clustered = int((labels != OUTLIER).sum())
+    return abs(log(_OF_MEAN * sqrt(clustered * len(labels)) / clusters / k1))
 
 
 def mean_silhouette(graph: SparseGraph, labels: Tensor) -> float:

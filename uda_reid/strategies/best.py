@@ -18,8 +18,8 @@ with T the batch-hard soft-margin triplet, F^Pj the local embedding of part j, a
 centroids in the space of its feature, -log softmax(f . c / tau)_y. After the step each image moves its centroid, c <-
 m c + (1 - m) f, and the teacher moves as in LF2. The result is the teacher's global feature.
 
-Defaults: a 0.5, w 0.2, tau 0.05, m 0.1, 2 parts, teacher 0.999; the recipe "best" subtracts each camera's mean before
-it clusters.
+Defaults: a 0.5, w 0.2, tau 0.05, m 0.1, 2 parts, teacher 0.999; the recipe "best" centers and whitens the features of
+each camera before it clusters, which gains more than all the rest.
 
 Differs from LF2: the steps hand the Fusion Module the student's own map without its gradient, which spares a forward
 pass of the teacher; extraction, where clusters and agreement come from, hands it the teacher's. Parts train the map and

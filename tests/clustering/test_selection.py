@@ -1,6 +1,5 @@
 """eps and k1 chosen without labels, and the guard: formulas by loops, and what they do on banks of people."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from uda_reid.clustering.dbscan import OUTLIER, dbscan
 from uda_reid.clustering.pseudo_labels import pseudo_labels
 from uda_reid.clustering.quality import cluster_quality
-from uda_reid.clustering.selection import PERSON_LISTS, largest_cluster, list_mismatch, mean_silhouette
+from uda_reid.clustering.selection import PERSON_LISTS, images_a_person, largest_cluster, mean_silhouette
 from uda_reid.clustering.stages import StageTimer, build_graph, build_graphs
 from uda_reid.errors import UserError
 from uda_reid.retrieval.jaccard import SparseGraph
@@ -123,18 +122,19 @@ def test_graphs_share_one_search(bank_of_people: Bank) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "k1", "expected"),
-    [
-        ([0] * 10, 12, 0.0),
-        ([0, 1] * 5, 12, math.log(2)),
-        ([0] * 20, 12, math.log(2)),
-        ([0] * 5 + [-1] * 15, 12, 0.0),
-        ([0] * 5 + [1] * 5 + [-1] * 30, 6, math.log(2)),
-        ([-1], 8, math.inf),
-    ],
+    ("labels", "expected"),
+    [([0] * 10, 10), ([0, 1] * 5, 5), ([0] * 5 + [-1] * 15, 10), ([0] * 4 + [1] * 5 + [-1] * 27, 9), ([-1] * 3, 0)],
 )
-def test_list_mismatch(labels: list[int], k1: int, expected: float) -> None:
-    assert list_mismatch(torch.tensor(labels), k1) == pytest.approx(expected)
+def test_images_a_person(labels: list[int], expected: float) -> None:
+    assert images_a_person(torch.tensor(labels)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("each", "k1"), [(4, 8), (8, 12), (12, 12), (15, 20), (22, 30)])
+def test_k1_is_the_largest_that_is_not_much_more_than_the_images_of_a_person(each: int, k1: int) -> None:
+    people = torch.randn(12, 32, generator=torch.Generator().manual_seed(each)).repeat_interleave(each, dim=0)
+    noise = 0.05 * torch.randn(len(people), 32, generator=torch.Generator().manual_seed(0))
+    settings = replace(AUTO, k1="auto", min_samples=3)
+    assert pseudo_labels(people + noise, settings, seed=0).k1 == k1
 
 
 def test_largest_cluster() -> None:

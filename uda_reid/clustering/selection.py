@@ -2,7 +2,8 @@
 
 - eps: the value of EPS_GRID whose clusters have the greatest mean silhouette (Rousseeuw, "Silhouettes: a graphical aid
   to the interpretation and validation of cluster analysis", J. Comput. Appl. Math. 1987) in the Jaccard distance.
-- k1: the value of K1_GRID that is nearest, by ratio, to the images of a person as its own clusters tell them.
+- k1: the largest value of K1_GRID that is at most LONGEST_LIST times the images a person has, as its own clusters tell
+  them; the smallest where none is.
 - guard: while one cluster holds more than a share of all clustered images, and more than PERSON_LISTS k1 images, eps
   is lowered along EPS_GRID.
 
@@ -12,7 +13,7 @@ How each was found, and what failed, is in EXPERIMENTS.md.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, log, sqrt
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from uda_reid.settings import EPS_GRID, ClusterSettings
 
 # A list of k1 neighbors is about as long as a person has images, so a cluster of several lists is hardly one person.
 PERSON_LISTS = 4
-_OF_MEAN = 1.2  # found with `list_mismatch`, see EXPERIMENTS.md
+LONGEST_LIST = 1.5
 _FIXED_POINT = 2**30  # sums of integers are the same in every order and on every device
 
 
@@ -50,7 +51,7 @@ def choose_clusters(graphs: Iterable[tuple[int, SparseGraph]], settings: Cluster
     """Returns the clusters of the graph with the best k1, at the best eps where `settings` leave it open. Collective.
 
     Args:
-        graphs: k1 and the pairs at most `settings.graph_eps` apart, for each of `settings.k1_values`
+        graphs: k1 and the pairs at most `settings.graph_eps` apart, for each of `settings.k1_values`, rising
             (`stages.build_graphs`).
 
     Returns:
@@ -58,7 +59,8 @@ def choose_clusters(graphs: Iterable[tuple[int, SparseGraph]], settings: Cluster
         twice.
     """
     choices = [lower_until_apart(graph, choose_eps(graph, k1, settings), settings) for k1, graph in graphs]
-    choice = min(choices, key=lambda choice: list_mismatch(choice.labels, choice.k1))
+    short = [choice for choice in choices if choice.k1 <= LONGEST_LIST * images_a_person(choice.labels)]
+    choice = short[-1] if short else choices[0]
     broadcast([choice.labels])
     others = {"eps": choice.eps, "k1": choice.k1, "edges": choice.edges, "notes": choice.notes}
     others = json.loads(broadcast_text(json.dumps(others), choice.labels.device))
@@ -118,20 +120,17 @@ def largest_cluster(labels: Tensor) -> tuple[int, float]:
     return int(sizes.max()), int(sizes.max()) / int(sizes.sum())
 
 
-def list_mismatch(labels: Tensor, k1: int) -> float:
-    """Returns |log(1.2 s / k1)| with s = sqrt(n N) / M images a person, infinity if there are no clusters.
+def images_a_person(labels: Tensor) -> float:
+    """Returns sqrt(n N) / M, with n of the N images in M clusters; 0 if there are no clusters.
 
-    n of the N images are in M clusters. Lists should be about as long as people have images: more than n / M, since
-    outliers show the same people, and fewer than N / M, since some people have no cluster. s is the geometric mean.
+    It is more than n / M, since outliers show the same people, and less than N / M, since some people have no cluster;
+    the geometric mean of the two.
 
     Args:
         labels: [N] int64, OUTLIER where an image is in no cluster.
     """
     clusters = int(labels.max()) + 1
-    if clusters == 0:
-        return inf
-    clustered = int((labels != OUTLIER).sum())
-    return abs(log(_OF_MEAN * sqrt(clustered * len(labels)) / clusters / k1))
+    return sqrt(int((labels != OUTLIER).sum()) * len(labels)) / clusters if clusters else 0.0
 
 
 def mean_silhouette(graph: SparseGraph, labels: Tensor) -> float:

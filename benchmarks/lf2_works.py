@@ -36,6 +36,12 @@ FORMS = {
     "one forward": ("adapt.shared_batch=false",),
     "one shared batch": ("adapt.shared_batch=true",),
 }
+CLUSTERS = (  # what the plain form has too
+    "adapt.cluster.center_cameras=false",
+    "adapt.cluster.camera_whitening=0.0",
+    "adapt.cluster.k1=12",
+    "adapt.cluster.eps=0.45",
+)
 PLAIN = "plain"
 SEED = 0
 
@@ -89,8 +95,8 @@ class Bench:
 
     def recipe_with(self, *overrides: str) -> Recipe:
         """Returns the recipe for one epoch."""
-        fixed = ("adapt.epochs=1", f"adapt.steps={self.options.steps}", "adapt.refresh_statistics=false")
-        return load_recipe(self.options.recipe, [*self.options.set, *fixed, *overrides], "lf2")
+        fixed = ("adapt.epochs=1", f"adapt.steps={self.options.steps}", "adapt.refresh_statistics=false", *CLUSTERS)
+        return load_recipe(self.options.recipe, [*fixed, *self.options.set, *overrides], "lf2")
 
     def model(self, recipe: Recipe) -> ReIDModel:
         """Returns a model with random weights, the same each time."""

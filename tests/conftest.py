@@ -36,6 +36,8 @@ TINY = (
     "adapt.epochs=2",
     "adapt.steps=3",
     "adapt.identities=4",
+    "adapt.cluster.center_cameras=false",
+    "adapt.cluster.camera_whitening=0.0",
     "adapt.cluster.k1=8",
     "adapt.cluster.k2=2",
     "adapt.cluster.eps=0.5",
@@ -54,8 +56,8 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_recipe() -> Recipe:
-    """The demo recipe, shrunk."""
-    return load_recipe("demo", TINY)
+    """The demo recipe, shrunk, with the strategy of most parts."""
+    return load_recipe("demo", TINY, "lf2")
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,7 @@ def test_the_stages_are_those_that_the_recipe_has_sections_for(
     ("override", "expected"),
     [
         ("adapt.epochs=20", 20),
-        ("adapt.lf2.part_weight=1", 1.0),
+        ("adapt.best.part_weight=1", 1.0),
         ("adapt.cluster.eps=5e-1", 0.5),
         ("adapt.cluster.eps=auto", "auto"),
         ("adapt.cluster.k1=auto", "auto"),
@@ -246,7 +246,7 @@ def test_nothing_can_be_set_inside_a_value() -> None:
 
 # --- strategies ---------------------------------------------------------------------------------------------------
 
-LF2_RECIPE = "[adapt]\nepochs = 3\n[adapt.lf2]\nparts = 3\n"
+LF2_RECIPE = '[adapt]\nstrategy = "lf2"\nepochs = 3\n[adapt.lf2]\nparts = 3\n'
 
 
 def test_each_strategy_has_its_own_section() -> None:
@@ -282,7 +282,7 @@ def test_a_file_with_the_section_of_a_given_strategy_is_read(tmp_path: Path) -> 
     path.write_text("[adapt.baseline]\nlabel_smoothing = 0.2\n")
     with pytest.raises(UserError, match="use --strategy baseline"):
         load_recipe(str(path))
-    assert load_strategy(str(path)) == "lf2"
+    assert load_strategy(str(path)) == "best"
     assert load_recipe(str(path), strategy="baseline").adapt.baseline.label_smoothing == 0.2
 
 
@@ -295,9 +295,9 @@ def test_a_given_strategy_refuses_settings_of_another() -> None:
     assert_sentence(error.value, "--strategy baseline", "adapt.strategy=lf2", "contradict")
 
 
-@pytest.mark.parametrize("key", [key for key in leaves(Recipe()) if key.startswith("adapt.lf2.")])
+@pytest.mark.parametrize("key", [key for key in leaves(Recipe()) if key.startswith("adapt.best.")])
 def test_a_setting_of_a_strategy_outside_its_section_is_pointed_there(key: str) -> None:
-    error = refused("", f"{key.replace('.lf2', '')}=1")
+    error = refused("", f"{key.replace('.best', '')}=1")
     suggested = re.search(r"did you mean '([^']*)'", str(error))
     assert suggested is not None
     assert key.startswith(suggested[1])
@@ -351,8 +351,8 @@ def test_a_key_like_none_is_refused_without_a_guess() -> None:
         ("adapt.epochs=many", "int, got str"),
         ("adapt.epochs=true", "int, got bool"),
         ("adapt.epochs=", "int, got str"),
-        ("adapt.lf2.part_weight=true", "float, got bool"),
-        ("adapt.lf2.part_weight='x'", "float, got str"),
+        ("adapt.best.part_weight=true", "float, got bool"),
+        ("adapt.best.part_weight='x'", "float, got str"),
         ("adapt.mirror=1", "bool, got int"),
         ("adapt.mirror=yes", "bool, got str"),
         ("model.cnn.name=3", "str, got int"),

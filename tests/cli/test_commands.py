@@ -40,7 +40,7 @@ def test_adapt_takes_the_newest_pretraining_and_says_so(invoke: Invoke) -> None:
     assert content.keys() >= ALWAYS | {"before", "after", "epochs", "skipped_levels"}
     assert content["before"].keys() == content["after"].keys() == METRICS
     for epoch in content["epochs"]:
-        assert epoch["clusters"].keys() == epoch["outliers"].keys() == {"global", "upper", "lower"}
+        assert epoch["clusters"].keys() == epoch["outliers"].keys() == {"global"}
         assert epoch["seconds"] > 0
     evaluated = invoke("evaluate", "--target", "station", "--out", "evaluated")
     assert evaluated.exit_code == 0, evaluated.output
@@ -69,7 +69,7 @@ def test_a_strategy_given_by_name_replaces_that_of_the_recipe(invoke: Invoke, pr
     start = ("adapt", "--target", "station", "--init", pretrained, *settings("adapt"))
     result = invoke(*start, "--strategy", "baseline", "--out", "a")
     assert result.exit_code == 0, result.output
-    assert "--strategy baseline replaces its strategy, so its section [adapt.lf2] is left out" in result.output
+    assert "--strategy baseline replaces its strategy, so its section [adapt.best] is left out" in result.output
     assert parse_recipe(Path("a/recipe.toml").read_text()).adapt.strategy == "baseline"
     assert json.loads(Path("a/command.json").read_text())["strategy"] == "baseline"
     assert invoke("evaluate", "--target", "station", "--checkpoint", "a", "--out", "b").exit_code == 0

@@ -14,7 +14,7 @@ from tests.cli.conftest import Invoke, refused, settings
 from tests.sentences import assert_sentence
 from uda_reid.cli.out_of_memory import explain_out_of_memory, is_out_of_memory
 from uda_reid.recipe import load_recipe
-from uda_reid.strategies.lf2 import LF2
+from uda_reid.strategies.best import Best
 
 MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.25 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.10 GiB is "
@@ -43,7 +43,7 @@ def adapt_arguments(pretrained: Path) -> list[str]:
 def test_in_a_step_every_setting_that_helps_is_named_with_its_value(
     adaptation: list[str], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uda_reid.strategies.lf2.LF2.losses", fail)
+    monkeypatch.setattr("uda_reid.strategies.best.Best.losses", fail)
     text = refused(invoke(*adaptation))
     assert_sentence(
         text,
@@ -57,7 +57,7 @@ def test_in_a_step_every_setting_that_helps_is_named_with_its_value(
     ("patched", "place", "named"),
     [
         (
-            "uda_reid.strategies.lf2.LF2.encode",
+            "uda_reid.strategies.best.Best.encode",
             "the extraction of features",
             "or --set adapt.feature_batch=64, of which",
         ),
@@ -85,7 +85,7 @@ def test_pretraining_names_its_own_batch(invoke: Invoke, monkeypatch: pytest.Mon
 def test_what_the_recipe_has_already_is_not_named(
     adaptation: list[str], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uda_reid.strategies.lf2.LF2.losses", fail)
+    monkeypatch.setattr("uda_reid.strategies.best.Best.losses", fail)
     given = ["checkpoint_activations=true", "accumulate=2"]
     text = refused(invoke(*adaptation, *(word for each in given for word in ("--set", f"training.{each}"))))
     assert "checkpoint_activations" not in text
@@ -106,13 +106,13 @@ def test_without_a_run_other_devices_are_left(invoke: Invoke, tmp_path: Path, mo
 def test_the_command_in_the_sentence_continues_the_run(
     adaptation: list[str], invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses = LF2.losses
+    losses = Best.losses
 
-    def fail_in_the_second_epoch(self: LF2, *given: Any) -> Any:
+    def fail_in_the_second_epoch(self: Best, *given: Any) -> Any:
         return fail() if any(Path("run").glob("state-*")) else losses(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LF2, "losses", fail_in_the_second_epoch)
+        patch.setattr(Best, "losses", fail_in_the_second_epoch)
         text = refused(invoke(*adaptation))
     assert_sentence(text, "continue from its saved state", "or start a new run with --set training.accumulate=2 (or 4)")
     command = re.search("`cli.py (.*?)`", text)
@@ -186,6 +186,6 @@ def test_any_other_error_keeps_its_traceback(
     def break_down(*args: Any) -> Any:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr("uda_reid.strategies.lf2.LF2.losses", break_down)
+    monkeypatch.setattr("uda_reid.strategies.best.Best.losses", break_down)
     with pytest.raises(RuntimeError, match="something else"):
         invoke(*adaptation)

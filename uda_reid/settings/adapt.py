@@ -57,7 +57,7 @@ class AdaptSettings:
         feature_batch: images encoded at a time before clustering.
     """
 
-    strategy: str = "lf2"
+    strategy: str = "best"
     epochs: int = 80
     steps: int = 400
     identities: int = 16

@@ -231,7 +231,7 @@ TABLES = {
             CHOSEN,
             RING,
             (0, 1, 2),
-            (DIRECT, "baseline", "best", *(row.name for row in BEST_PIECES)),
+            (DIRECT, "best", *(row.name for row in BEST_PIECES)),
             (FORWARDS,),
             f"A row that saves forward passes is given more steps; {RENDERED}.",
         ),

@@ -104,7 +104,10 @@ SWITCHES = {
     "cross-instance": ("lf2", CROSS),
     **{f"baseline, {name}": ("baseline", overrides) for name, overrides in SHARED.items()},
     **{f"mmt, {name}": ("mmt", overrides) for name, overrides in SHARED.items()},
-    **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.parts=2")) for name, overrides in SHARED.items()},
+    **{
+        f"pplr, {name}": ("pplr", (*overrides, "adapt.camera_proxies.weight=0.5", "adapt.pplr.parts=2"))
+        for name, overrides in SHARED.items()
+    },
     "pplr, agreement from the first epoch": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
     **{f"best, {name}": ("best", overrides) for name, overrides in SHARED.items()},
     **{f"{name}, camera proxies": (name, ("adapt.camera_proxies.weight=0.5",)) for name in TRAINED_STRATEGIES},

@@ -31,7 +31,7 @@ CASES = {
     "best": ("best", ()),
     "baseline": ("baseline", ()),
     "mmt": ("mmt", ()),
-    "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0",)),
+    "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0", "adapt.camera_proxies.weight=0.5")),
     "cluster-contrast": ("cluster-contrast", ()),
     "cluster-contrast, hard": ("cluster-contrast", ("adapt.cluster_contrast.hard=true",)),
     "spcl": ("spcl", ()),

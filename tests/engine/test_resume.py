@@ -48,7 +48,10 @@ ADAPT = {
     "an empty level, a batch for each": ("lf2", ("adapt.shared_batch=false",)),
     **{f"baseline, {name}": ("baseline", overrides) for name, overrides in SHARED.items()},
     **{f"mmt, {name}": ("mmt", overrides) for name, overrides in SHARED.items()},
-    **{f"pplr, {name}": ("pplr", (*overrides, "adapt.pplr.warmup_epochs=1")) for name, overrides in SHARED.items()},
+    **{
+        f"pplr, {name}": ("pplr", (*overrides, "adapt.camera_proxies.weight=0.5", "adapt.pplr.warmup_epochs=1"))
+        for name, overrides in SHARED.items()
+    },
     **{f"best, {name}": ("best", overrides) for name, overrides in SHARED.items()},
     "cluster-contrast, plain": ("cluster-contrast", ()),
     "cluster-contrast, no clusters": ("cluster-contrast", SHARED["no clusters"]),

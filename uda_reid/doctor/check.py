@@ -36,6 +36,7 @@ SMALL = (
     "adapt.epochs=2",
     "adapt.steps=4",
     "adapt.identities=4",
+    "adapt.camera_proxies.weight=0.5",
     "adapt.cluster.k1=8",
     "adapt.cluster.k2=2",
     "adapt.cluster.min_samples=2",

@@ -75,7 +75,8 @@ class ClusterSettings:
         check_fraction("cluster", camera_whitening=self.camera_whitening)
         if self.camera_whitening and not self.center_cameras:
             raise UserError(
-                f"cluster.camera_whitening is {self.camera_whitening}, but it needs cluster.center_cameras = true."
+                f"cluster.camera_whitening is {self.camera_whitening}, but it needs cluster.center_cameras = true; set "
+                "that, or cluster.camera_whitening = 0."
             )
         if self.camera_jaccard:
             self._check_camera_jaccard()

@@ -25,7 +25,9 @@ from typing import Any
 
 import torch
 from common import (
+    LF2_SETTINGS,
     NOT_WRITTEN,
+    PLAIN_CLUSTERS,
     QUIET,
     add_run_options,
     make_parser,
@@ -52,9 +54,6 @@ CNN, VIT, SAM = ([f"model.backbone={name}"] for name in ("cnn", "vit", "sam_ibn"
 NO_FUSION, NO_ATTENTION, NO_ECA = (f"model.sam_ibn.{part}=false" for part in ("fusion", "attention", "eca"))
 INTRA, INTER, HEADS = (f"pretrain.cross_instance.{key}" for key in ("intra=0.3", "inter=1", "heads=4"))
 AFTER_NECK = "model.neck_feature=after"
-# The clustering of all adaptations; the demo recipe's is that of another strategy.
-CLUSTERS = [f"adapt.cluster.{key}" for key in ("center_cameras=false", "camera_whitening=0.0", "k1=12", "eps=0.45")]
-SHORT_RUN = ["adapt.lf2.part_weight=0.2", "adapt.lf2.teacher_momentum=0.98"]  # of LF2, for some hundred steps
 # Row -> (settings that differ from the demo recipe, the row it differs from by one part, if there is one).
 SYSTEMS: dict[str, tuple[list[str], str]] = {
     "FusionReID": ([], "its CNN alone"),
@@ -116,7 +115,7 @@ class Bench:
         self.seed = seed
         self.device = pick_device(options.device)
         self.shared = [*SMALL, f"pretrain.epochs={options.pretrain_epochs}", f"adapt.epochs={options.adapt_epochs}"]
-        self.shared += [f"adapt.steps={options.adapt_steps}", "adapt.shared_batch=false", *CLUSTERS]
+        self.shared += [f"adapt.steps={options.adapt_steps}", "adapt.shared_batch=false", *PLAIN_CLUSTERS["demo"]]
         self.start = [f"pretrain.epochs={options.init_epochs}"]
         self.source = open_data("plaza", options.data_root, labelled_train=True, reporter=QUIET)
         self.target = open_data("station", options.data_root, labelled_train=False, reporter=QUIET)
@@ -146,7 +145,7 @@ class Bench:
 
     def adapted(self, strategy: str, overrides: list[str], init: Path) -> Row:
         """Returns the row of an adaptation."""
-        of_strategy = SHORT_RUN if strategy == "lf2" else ()
+        of_strategy = LF2_SETTINGS["demo"] if strategy == "lf2" else ()
         recipe = load_recipe("demo", [*self.shared, *of_strategy, *overrides], strategy)
         of_model = tuple(override for override in overrides if override.startswith("model."))
         model = load_source_model(init, device=self.device, seed=self.seed, overrides=of_model)

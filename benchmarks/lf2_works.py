@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from common import QUIET
+from common import LF2_SETTINGS, PLAIN_CLUSTERS, QUIET
 from plain_lf2 import PlainLF2, use_torch_defaults
 from stopwatch import Took, matrix_peak, time_once
 from torch import Tensor, nn
@@ -36,12 +36,6 @@ FORMS = {
     "one forward": ("adapt.shared_batch=false",),
     "one shared batch": ("adapt.shared_batch=true",),
 }
-CLUSTERS = (  # what the plain form has too
-    "adapt.cluster.center_cameras=false",
-    "adapt.cluster.camera_whitening=0.0",
-    "adapt.cluster.k1=12",
-    "adapt.cluster.eps=0.45",
-)
 PLAIN = "plain"
 SEED = 0
 
@@ -95,8 +89,10 @@ class Bench:
 
     def recipe_with(self, *overrides: str) -> Recipe:
         """Returns the recipe for one epoch."""
-        fixed = ("adapt.epochs=1", f"adapt.steps={self.options.steps}", "adapt.refresh_statistics=false", *CLUSTERS)
-        return load_recipe(self.options.recipe, [*fixed, *self.options.set, *overrides], "lf2")
+        name, fixed = self.options.recipe, ("adapt.epochs=1", f"adapt.steps={self.options.steps}")
+        of_lf2 = (*PLAIN_CLUSTERS.get(name, ()), *LF2_SETTINGS.get(name, ()))
+        changes = [*of_lf2, *self.options.set, *fixed, "adapt.refresh_statistics=false", *overrides]
+        return load_recipe(name, changes, "lf2")
 
     def model(self, recipe: Recipe) -> ReIDModel:
         """Returns a model with random weights, the same each time."""

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from common import PLAIN_CLUSTERS
+
 from uda_reid.recipe import load_recipe
 from uda_reid.settings import Recipe
 
@@ -26,7 +28,7 @@ SHORT_RUN = {
     "best": ("adapt.best.teacher_momentum=0.98",),
     "pplr": ("adapt.pplr.warmup_epochs=1",),
 }
-LF2_PARTS = "adapt.lf2.part_weight=0.2"  # of the demo recipe, for every recipe
+LF2_PARTS = "adapt.lf2.part_weight=0.2"  # found for the demo, taken for every recipe
 CENTERED = ("adapt.cluster.center_cameras=true",)
 CAMERAS = (*CENTERED, "adapt.cluster.camera_whitening=0.5")
 WITHOUT_LABELS = ("adapt.cluster.eps=auto", "adapt.cluster.k1=auto")
@@ -152,19 +154,13 @@ class Table:
 
 
 CNN = "model.backbone=cnn"
-# Every row says itself how its clusters differ from these; the demo recipe has what `best` has.
-CLUSTERS = (
-    "adapt.cluster.center_cameras=false",
-    "adapt.cluster.camera_whitening=0.0",
-    "adapt.cluster.k1=12",
-    "adapt.cluster.eps=0.5",
-)
+# Every row says itself how its clusters differ from these.
+CLUSTERS = (*PLAIN_CLUSTERS["demo"], "adapt.cluster.eps=0.5")
 # Chosen on plaza -> campus with `best`, where the baseline gained by it too.
 CHOSEN = (CNN, "adapt.optim.learning_rate=1.2e-3", *CLUSTERS)
 # 5 x 80 steps on 6,500 images are some minutes of one core.
 HARD_LENGTH = (
-    *CLUSTERS,
-    "adapt.cluster.k1=20",
+    *PLAIN_CLUSTERS["small"],
     "pretrain.epochs=10",
     "adapt.epochs=5",
     "adapt.steps=80",
@@ -261,7 +257,7 @@ TABLES = {
             "hybrid",
             "The demo's hybrid, around the ring",
             "demo",
-            (*CLUSTERS, "adapt.cluster.eps=0.45"),
+            PLAIN_CLUSTERS["demo"],
             RING,
             (0,),
             (DIRECT, "baseline", REFERENCE, "best", SUPERVISED),

@@ -73,6 +73,7 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
     ("options", "settings"),
     [
         (["--center-cameras"], {"center_cameras": True}),
+        (["--eps", "0.7", "--split-depth", "0.2"], {"eps": 0.7, "split_depth": 0.2}),
         (
             ["--center-cameras", "--camera-whitening", "0.5"],
             {"center_cameras": True, "camera_whitening": 0.5},

@@ -54,6 +54,12 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     show_default=True,
     help="Share of one cluster from which on eps is lowered; not with several eps.",
 )
+@click.option(
+    "--split-depth",
+    default=ClusterSettings.split_depth,
+    show_default=True,
+    help="How far below eps clusters that fall apart are split; not with several eps.",
+)
 @device_option
 @click.option(
     "--backend",
@@ -78,6 +84,7 @@ def cluster(
     k2_intra: int,
     k2_inter: int,
     largest_share: float,
+    split_depth: float,
     device: str,
     backend: str,
     json_path: Path | None,
@@ -106,6 +113,7 @@ def cluster(
         eps="auto" if values is None else max(values),
         min_samples=min_samples,
         largest_share=largest_share,
+        split_depth=split_depth,
         backend=backend,
         center_cameras=center_cameras,
         camera_whitening=camera_whitening,
@@ -175,6 +183,7 @@ def cluster(
             "eps": used["eps"] if is_sweep else used["eps"][0],
             "min_samples": min_samples,
             "largest_share": largest_share,
+            "split_depth": split_depth,
             "backend": backend,
             "center_cameras": settings.center_cameras,
             "camera_whitening": settings.camera_whitening,

@@ -1,7 +1,6 @@
 """eps and k1 of a clustering chosen without labels, and a guard against clusters that merge many people.
 
-- eps: the value of EPS_GRID whose clusters have the greatest mean silhouette (Rousseeuw, "Silhouettes: a graphical aid
-  to the interpretation and validation of cluster analysis", J. Comput. Appl. Math. 1987) in the Jaccard distance.
+- eps: the value of EPS_GRID whose clusters have the greatest mean silhouette (`silhouette`) in the Jaccard distance.
 - k1: the largest value of K1_GRID that is at most LONGEST_LIST times the images a person has, as its own clusters tell
   them; the smallest where none is.
 - guard: while one cluster holds more than a share of all clustered images, and more than PERSON_LISTS k1 images, eps
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from uda_reid.clustering.dbscan import OUTLIER, dbscan
+from uda_reid.clustering.silhouette import mean_silhouette
+from uda_reid.clustering.splitting import split_clusters
 from uda_reid.distributed import broadcast, broadcast_text
 from uda_reid.retrieval.jaccard import SparseGraph, is_within
 from uda_reid.settings import EPS_GRID, ClusterSettings
@@ -26,7 +27,6 @@ from uda_reid.settings import EPS_GRID, ClusterSettings
 # A list of k1 neighbors is about as long as a person has images, so a cluster of several lists is hardly one person.
 PERSON_LISTS = 4
 LONGEST_LIST = 1.5
-_FIXED_POINT = 2**30  # sums of integers are the same in every order and on every device
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ def choose_clusters(graphs: Iterable[tuple[int, SparseGraph]], settings: Cluster
     Args:
         graphs: k1 and the pairs at most `settings.graph_eps` apart, for each of `settings.k1_values`, rising
             (`stages.build_graphs`).
+        settings: with a `split_depth`, the clusters of the choice are split at last (`splitting`).
 
     Returns:
         The choice of the main process on every process, since sums on a GPU or over several threads are not the same
         twice.
     """
-    choices = [lower_until_apart(graph, choose_eps(graph, k1, settings), settings) for k1, graph in graphs]
-    short = [choice for choice in choices if choice.k1 <= LONGEST_LIST * images_a_person(choice.labels)]
-    choice = short[-1] if short else choices[0]
+    choice: Choice | None = None
+    for k1, graph in graphs:
+        found = lower_until_apart(graph, choose_eps(graph, k1, settings), settings)
+        if choice is None or k1 <= LONGEST_LIST * images_a_person(found.labels):
+            choice = replace(found, labels=split_clusters(graph, found.labels, found.eps, settings))
+    assert choice is not None, "there is a graph for each of settings.k1_values"
     broadcast([choice.labels])
     others = {"eps": choice.eps, "k1": choice.k1, "edges": choice.edges, "notes": choice.notes}
     others = json.loads(broadcast_text(json.dumps(others), choice.labels.device))
@@ -131,48 +135,6 @@ def images_a_person(labels: Tensor) -> float:
     """
     clusters = int(labels.max()) + 1
     return sqrt(int((labels != OUTLIER).sum()) * len(labels)) / clusters if clusters else 0.0
-
-
-def mean_silhouette(graph: SparseGraph, labels: Tensor) -> float:
-    """Returns the mean silhouette of all points, where outliers count as 0.
-
-        s_i = (b_i - a_i) / max(a_i, b_i)
-
-    a_i is the mean distance to the other points of i's cluster, b_i the least mean distance to those of another one;
-    s_i = 0 in a cluster of one, and where both are 0. A pair that the graph does not hold counts as 1 apart. Outliers
-    are no cluster of their own, so they are nobody's neighbors.
-
-    Differs from the paper: outliers, and the bound of the graph.
-
-    Args:
-        graph: distances between N points, linear time and memory in its pairs.
-        labels: [N] int64, OUTLIER or 0..M-1, on the device of the graph.
-
-    Returns:
-        -1..1.
-    """
-    sizes = torch.bincount(labels[labels != OUTLIER])
-    if len(sizes) == 0:
-        return 0.0
-    rows = torch.repeat_interleave(graph.indptr.diff())
-    counted = (labels[rows] != OUTLIER) & (labels[graph.indices] != OUTLIER)
-    rows, clusters = rows[counted], labels[graph.indices[counted]]
-    nearness = ((1 - graph.distances[counted].to(torch.float64)) * _FIXED_POINT).round().to(torch.int64)
-
-    # Sums over the pairs of a point and a cluster that have any.
-    cells, cell_of = torch.unique(rows * len(sizes) + clusters, return_inverse=True)
-    sums = torch.zeros_like(cells).index_add_(0, cell_of, nearness).to(torch.float64) / _FIXED_POINT
-    rows, clusters = cells // len(sizes), cells % len(sizes)
-    own = clusters == labels[rows]
-
-    inside = labels != OUTLIER
-    own_sizes = torch.where(inside, sizes[labels.clamp_min(0)], 1)
-    a, b = torch.ones(2, len(labels), dtype=torch.float64, device=labels.device)
-    a[rows[own]] -= sums[own] / (own_sizes[rows[own]] - 1)
-    b.scatter_reduce_(0, rows[~own], 1 - sums[~own] / sizes[clusters[~own]], "amin")
-    larger = torch.maximum(a, b)
-    silhouettes = torch.where((own_sizes > 1) & (larger > 0), (b - a) / larger, 0)
-    return float(silhouettes.mean())
 
 
 def _has_merged(choice: Choice, settings: ClusterSettings) -> bool:

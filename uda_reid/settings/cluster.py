@@ -30,6 +30,8 @@ class ClusterSettings:
         min_samples: points within eps that make a point core, itself included.
         largest_share: of the clustered images, the share in one cluster from which on people count as merged, so that
             eps is lowered; 1 switches this off.
+        split_depth: how far below eps stricter clusterings are read, in steps of 0.05; a cluster that falls apart there
+            is split. 0 for none.
         clusters: number of clusters of k-means.
         backend: of the neighbor search.
         center_cameras: subtract each camera's mean feature before the distance is taken.
@@ -46,6 +48,7 @@ class ClusterSettings:
     eps: AutoFloat = 0.6
     min_samples: int = 4
     largest_share: float = 0.1
+    split_depth: float = 0.0
     clusters: int = 700
     backend: str = "auto"
     center_cameras: bool = False
@@ -72,7 +75,7 @@ class ClusterSettings:
         check_least("cluster", 1, min_samples=self.min_samples, clusters=self.clusters)
         if not 0 < self.largest_share <= 1:
             raise UserError(f"cluster.largest_share must be above 0 and at most 1, got {self.largest_share}.")
-        check_fraction("cluster", camera_whitening=self.camera_whitening)
+        check_fraction("cluster", split_depth=self.split_depth, camera_whitening=self.camera_whitening)
         if self.camera_whitening and not self.center_cameras:
             raise UserError(
                 f"cluster.camera_whitening is {self.camera_whitening}, but it needs cluster.center_cameras = true; set "

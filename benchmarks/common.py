@@ -21,10 +21,14 @@ NOT_WRITTEN = RunLog(Path(), writes=False)  # of runs that leave no files
 NOT_MEASURED = "not measured"
 
 # For strategies other than `best`, on the recipes whose clustering is that of `best`: settings as they were for LF2.
-_NO_CAMERAS = ("adapt.cluster.center_cameras=false", "adapt.cluster.camera_whitening=0.0")
+_PLAIN = (
+    "adapt.cluster.center_cameras=false",
+    "adapt.cluster.camera_whitening=0.0",
+    "adapt.cluster.split_depth=0.0",
+)
 PLAIN_CLUSTERS = {
-    "demo": (*_NO_CAMERAS, "adapt.cluster.k1=12", "adapt.cluster.eps=0.45"),
-    "small": (*_NO_CAMERAS, "adapt.cluster.k1=20", "adapt.cluster.eps=0.5"),
+    "demo": (*_PLAIN, "adapt.cluster.k1=12", "adapt.cluster.eps=0.45"),
+    "small": (*_PLAIN, "adapt.cluster.k1=20", "adapt.cluster.eps=0.5"),
 }
 LF2_SETTINGS = {
     "demo": ("adapt.lf2.part_weight=0.2", "adapt.lf2.teacher_momentum=0.98"),

@@ -32,6 +32,8 @@ LF2_PARTS = "adapt.lf2.part_weight=0.2"  # found for the demo, taken for every r
 CENTERED = ("adapt.cluster.center_cameras=true",)
 CAMERAS = (*CENTERED, "adapt.cluster.camera_whitening=0.5")
 WITHOUT_LABELS = ("adapt.cluster.eps=auto", "adapt.cluster.k1=auto")
+SPLIT = ("adapt.cluster.split_depth=0.2",)
+CLUSTERS_OF_BEST = (*CAMERAS, *WITHOUT_LABELS, *SPLIT)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ STRATEGIES = (
     Row(
         "best",
         "best",
-        (*CAMERAS, *WITHOUT_LABELS),
-        "with each camera's mean subtracted and its spread evened out, eps and k1 chosen without labels",
+        CLUSTERS_OF_BEST,
+        "with each camera's mean subtracted and its spread evened out, eps and k1 chosen without labels, and clusters "
+        "that fall apart split",
     ),
     Row(
         SUPERVISED,
@@ -113,19 +116,36 @@ LF2_PIECES = (
     Row("lf2, no parts", "lf2", ("adapt.lf2.parts=0",), "the global level alone"),
 )
 BEST_PIECES = (
-    Row("best, no parts", "best", (*CAMERAS, *WITHOUT_LABELS, "adapt.best.parts=0"), "the global feature alone"),
-    Row("best, no teacher", "best", (*CAMERAS, *WITHOUT_LABELS, "adapt.best.teacher_momentum=0"), "the student itself"),
-    Row("best, eps fixed", "best", CAMERAS, "with the eps and k1 that all other strategies have"),
-    Row("best, no whitening", "best", (*CENTERED, *WITHOUT_LABELS), "with each camera's mean subtracted"),
-    Row("best, no cameras", "best", WITHOUT_LABELS, "clusters of the features as they are"),
+    Row("best, no parts", "best", (*CLUSTERS_OF_BEST, "adapt.best.parts=0"), "the global feature alone"),
+    Row("best, no teacher", "best", (*CLUSTERS_OF_BEST, "adapt.best.teacher_momentum=0"), "the student itself"),
+    Row(
+        "best, no outliers",
+        "best",
+        (*CLUSTERS_OF_BEST, "adapt.best.outlier_negatives=false"),
+        "outliers are no classes of the contrast",
+    ),
+    Row("best, no split", "best", (*CAMERAS, *WITHOUT_LABELS), "clusters of DBSCAN as they are"),
+    Row("best, eps fixed", "best", (*CAMERAS, *SPLIT), "with the eps and k1 that all other strategies have"),
+    Row(
+        "best, no whitening",
+        "best",
+        (*CENTERED, *WITHOUT_LABELS, *SPLIT),
+        "with each camera's mean subtracted, not its spread evened out",
+    ),
+    Row("best, no cameras", "best", (*WITHOUT_LABELS, *SPLIT), "clusters of the features as they are"),
+)
+WITH_CAMERAS = (
     Row("baseline + cameras", "baseline", CAMERAS, "with the camera options of best"),
+    Row("lf2 + cameras", "lf2", (LF2_PARTS, *CAMERAS), "likewise"),
     Row("cluster-contrast + cameras", "cluster-contrast", CAMERAS, "likewise"),
+    Row("pplr + cameras", "pplr", ("adapt.camera_proxies.weight=0.5", *CAMERAS), "likewise"),
+    Row("baseline + clusters", "baseline", CLUSTERS_OF_BEST, "with all that best does to clusters"),
 )
 GIVEN_EPS = tuple(
-    Row(f"best, eps {eps}", "best", (*CAMERAS, "adapt.cluster.k1=auto", f"adapt.cluster.eps={eps}"))
+    Row(f"best, eps {eps}", "best", (*CAMERAS, *SPLIT, "adapt.cluster.k1=auto", f"adapt.cluster.eps={eps}"))
     for eps in (0.4, 0.5, 0.6, 0.7)
 )
-ROWS = {row.name: row for row in (*STRATEGIES, *LF2_PIECES, *BEST_PIECES, *GIVEN_EPS)}
+ROWS = {row.name: row for row in (*STRATEGIES, *LF2_PIECES, *BEST_PIECES, *WITH_CAMERAS, *GIVEN_EPS)}
 
 
 @dataclass(frozen=True)
@@ -222,12 +242,12 @@ TABLES = {
         ),
         Table(
             "best-pieces",
-            "What the pieces of best are worth, and its camera options elsewhere",
+            "What the pieces of best are worth, and its clusters elsewhere",
             "demo",
             CHOSEN,
             RING,
             (0, 1, 2),
-            (DIRECT, "best", *(row.name for row in BEST_PIECES)),
+            (DIRECT, "best", *(row.name for row in (*BEST_PIECES, *WITH_CAMERAS))),
             (FORWARDS,),
             f"A row that saves forward passes is given more steps; {RENDERED}.",
         ),

@@ -38,6 +38,7 @@ TINY = (
     "adapt.identities=4",
     "adapt.cluster.center_cameras=false",
     "adapt.cluster.camera_whitening=0.0",
+    "adapt.cluster.split_depth=0.0",
     "adapt.cluster.k1=8",
     "adapt.cluster.k2=2",
     "adapt.cluster.eps=0.5",

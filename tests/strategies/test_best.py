@@ -137,16 +137,19 @@ def test_the_levels_are_clustered_joined(share: float) -> None:
         torch.testing.assert_close(joined, torch.cat(levels))
 
 
-def test_memories_are_the_centroids_in_each_space() -> None:
-    strategy = make_best()
+@pytest.mark.parametrize("outliers", [True, False])
+def test_memories_are_the_centroids_in_each_space(outliers: bool) -> None:
+    strategy = make_best(outlier_negatives=outliers)
     features = begin(strategy, LABELS)
     spaces = {"whole": ("bn_embedding", strategy.output_widths), "local": ("local", strategy.part_widths)}
     spaces["fused"] = ("fused", strategy.part_widths)
     for name, (feature, widths) in spaces.items():
         for table, columns in zip(tables(strategy, name), features[feature].split(list(widths), dim=1), strict=True):
             rows = F.normalize(columns)
-            means = torch.stack([rows[cluster == LABELS].mean(dim=0) for cluster in range(CLUSTERS)])
-            torch.testing.assert_close(table, F.normalize(means), rtol=1e-5, atol=1e-6)
+            means = [rows[cluster == LABELS].mean(dim=0) for cluster in range(CLUSTERS)]
+            if outliers and name == "whole":
+                means += [row for row, label in zip(rows, LABELS, strict=True) if label < 0]
+            torch.testing.assert_close(table, F.normalize(torch.stack(means)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_moves_the_centroids_in_turn_and_the_teacher_and_a_skipped_one_no_centroid() -> None:

@@ -20,6 +20,7 @@ class BestSettings:
         part_weight: weight of the parts' contrast.
         part_share: factor of each part's feature beside the global one in what is clustered.
         neighbors: nearest images whose overlap is the agreement of a part with the whole.
+        outlier_negatives: each outlier is a class of its own among those that the whole image's contrast tells apart.
         reduction: C over the hidden width of the Fusion Module's MLP.
         temperature: divides the similarities to the centroids.
         memory_momentum: share of the old centroid when an image moves it, in [0, 1).
@@ -30,6 +31,7 @@ class BestSettings:
     part_weight: float = 0.2
     part_share: float = 0.5
     neighbors: int = 20
+    outlier_negatives: bool = True
     reduction: int = 4
     temperature: float = 0.05
     memory_momentum: float = 0.1

@@ -15,7 +15,8 @@ and on a P x K batch with the clusters y
     L = M(global, y) + T(global, y) + w sum_j mean_i C_ij (M(F^Pj_i, y_i) + M(phi^Pj_i, y_i)) / 2
 
 with T the batch-hard soft-margin triplet, F^Pj the local embedding of part j, and M the contrast with a memory of the
-centroids in the space of its feature, -log softmax(f . c / tau)_y. After the step each image moves its centroid, c <-
+centroids in the space of its feature, -log softmax(f . c / tau)_y. Among the centroids of M(global, y) are all outliers,
+each a class of its own, as in SpCL (https://arxiv.org/abs/2006.02713), but no batch is drawn from them. After the step each image moves its centroid, c <-
 m c + (1 - m) f, and the teacher moves as in LF2. The result is the teacher's global feature.
 
 Defaults: a 0.5, w 0.2, tau 0.05, m 0.1, 2 parts, teacher 0.999; the recipe "best" centers and whitens the features of
@@ -38,6 +39,7 @@ from uda_reid.clustering.agreement import cross_agreement
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.engine.cluster_memory import ClusterMemory
 from uda_reid.engine.features import fresh_statistics
+from uda_reid.engine.hybrid_memory import classes_of
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
 from uda_reid.engine.strategy import GLOBAL, Strategy
@@ -160,7 +162,8 @@ class Best(Strategy):
         if not labels[GLOBAL].has_clusters:
             return
         found = labels[GLOBAL].labels
-        self.memories["whole"] = ClusterMemory.make(features["bn_embedding"], found, self.output_widths)
+        classes = classes_of(found) if self.settings.outlier_negatives else found
+        self.memories["whole"] = ClusterMemory.make(features["bn_embedding"], classes, self.output_widths)
         tables = features["bn_embedding"].split(list(self.output_widths), dim=1)
         self.camera_contrast.begin_epoch(self.memories, tables, found, cameras)
         if self.part_widths:

@@ -101,7 +101,10 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     targets = [target for _, target in LINK.findall(page.read_text()) if not target.startswith("https://")]
     assert targets
     for target in targets:
-        assert (page.parent / target).is_file(), target
+        name, _, anchor = target.partition("#")
+        assert (page.parent / name).is_file(), target
+        headings = re.findall(r"^#+ (.*)$", (page.parent / name).read_text(), re.MULTILINE)
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], target
 
 
 @per_page

@@ -162,3 +162,14 @@ def test_pseudo_labels_are_purer_for_it(k1: int) -> None:
 def test_depths_outside_of_the_range_are_refused(depth: float) -> None:
     with pytest.raises(UserError, match=r"cluster.split_depth must be in \[0, 1\]"):
         ClusterSettings(split_depth=depth)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same(gpu: torch.device, bank_of_people: Bank) -> None:
+    features = torch.as_tensor(bank_of_people(300, 0, noise=0.9))
+    graph = build_graph(features, replace(SETTINGS, eps=0.8), StageTimer(torch.device("cpu")))
+    there = SparseGraph(graph.indptr.to(gpu), graph.indices.to(gpu), graph.distances.to(gpu), graph.eps)
+    labels = dbscan(graph, eps=0.7, min_samples=3)
+    expected = split_clusters(graph, labels, 0.7, SETTINGS)
+    assert not torch.equal(expected, labels)
+    assert torch.equal(split_clusters(there, labels.to(gpu), 0.7, SETTINGS).cpu(), expected)

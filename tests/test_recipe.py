@@ -39,6 +39,7 @@ def leaves(recipe: Any, prefix: str = "") -> dict[str, Any]:
 
 # A valid value other than the default, for keys that do not accept any number or word.
 CHOICES: dict[str, Any] = {
+    "adapt.cluster.split_depth": 0.35,
     "model.backbone": "vit",
     "model.descriptor": ("cnn", "transformer"),
     "model.fusion.layers": 3,

@@ -69,11 +69,29 @@ def test_several_eps_give_a_column_each(features: Path, tmp_path: Path) -> None:
         assert summary["clusters"][column] == found.clusters
 
 
+def test_clusters_are_split_for_one_eps_or_several(tmp_path: Path) -> None:
+    noisy = people() + np.random.default_rng(1).normal(size=(108, 20)).astype(np.float32)
+    np.save(tmp_path / "noisy.npy", noisy)
+    options = "--k1", "12", "--split-depth", "0.25", "--largest-share", "1"
+    one = call(tmp_path / "noisy.npy", tmp_path / "one.npy", "--eps", "0.75", *options)
+    several = call(tmp_path / "noisy.npy", tmp_path / "several.npy", "--eps", "0.6,0.75", *options)
+    assert (one.exit_code, several.exit_code) == (0, 0)
+    assert json.loads(one.stdout.splitlines()[-1])["settings"]["split_depth"] == 0.25
+    whole, split = (
+        pseudo_labels(
+            torch.from_numpy(noisy), ClusterSettings(k1=12, eps=0.75, split_depth=depth, largest_share=1.0), seed=0
+        ).labels
+        for depth in (0.0, 0.25)
+    )
+    assert not torch.equal(whole, split), "nothing is split, so this test shows nothing"
+    np.testing.assert_array_equal(np.load(tmp_path / "one.npy"), split)
+    np.testing.assert_array_equal(np.load(tmp_path / "several.npy")[:, 1], split)
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
         (["--center-cameras"], {"center_cameras": True}),
-        (["--eps", "0.7", "--split-depth", "0.2"], {"eps": 0.7, "split_depth": 0.2}),
         (
             ["--center-cameras", "--camera-whitening", "0.5"],
             {"center_cameras": True, "camera_whitening": 0.5},

@@ -103,9 +103,10 @@ def test_a_threshold_of_before_is_used_and_returned() -> None:
     assert threshold == 1.0
 
 
-def test_without_a_gap_every_cluster_is_kept() -> None:
-    features = clouds(1)
-    found, threshold = self_paced_labels(features, SETTINGS, gap=0.0, threshold=0.0)
+@pytest.mark.parametrize("split_depth", [0.0, 0.2])
+def test_without_a_gap_every_cluster_is_kept(split_depth: float) -> None:
+    features, settings = clouds(1), replace(SETTINGS, split_depth=split_depth)
+    found, threshold = self_paced_labels(features, settings, gap=0.0, threshold=0.0)
     assert found.labels.tolist() == at_every_density(features)[0]
     assert threshold == 1.0
 

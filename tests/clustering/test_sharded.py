@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = ClusterSettings(k1=12, k2=4, eps=0.7, clusters=9)
 KMEANS = replace(SETTINGS, method="kmeans")
-AUTO = replace(SETTINGS, k1="auto", eps="auto")
+AUTO = replace(SETTINGS, k1="auto", eps="auto", split_depth=0.2)
 REFUSED = {"row": SETTINGS, "clusters": replace(KMEANS, clusters=10), "backend": replace(SETTINGS, backend="faiss")}
 CPU = torch.device("cpu")
 

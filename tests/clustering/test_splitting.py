@@ -136,6 +136,17 @@ def test_depth_says_how_far_eps_falls() -> None:
     assert torch.equal(split_clusters(graph, labels, 0.55, replace(SETTINGS, split_depth=1.0)), found[0.1])
 
 
+def test_pairs_beyond_eps_are_not_read(bank_of_people: Bank) -> None:
+    """So eps chosen by "auto", whose graph is wide, and the same eps given lead to the same clusters."""
+    for seed in range(6):
+        features = torch.as_tensor(bank_of_people(300, seed, noise=0.7))
+        auto = pseudo_labels(features, replace(SETTINGS, eps="auto"), seed=0)
+        given = pseudo_labels(features, replace(SETTINGS, eps=auto.eps), seed=0)
+        assert torch.equal(auto.labels, given.labels)
+        whole = pseudo_labels(features, replace(SETTINGS, eps=auto.eps, split_depth=0.0), seed=0)
+        assert not torch.equal(whole.labels, given.labels), "nothing was split"
+
+
 def test_duplicates_are_not_split() -> None:
     features = torch.eye(3).repeat_interleave(6, dim=0)
     found = pseudo_labels(features, replace(SETTINGS, k1=6, k2=2), seed=0)
@@ -158,9 +169,23 @@ def test_pseudo_labels_are_purer_for_it(k1: int) -> None:
     assert set(found.labels.tolist()) - {OUTLIER} == set(range(found.clusters))
 
 
-@pytest.mark.parametrize("depth", [-0.1, 1.5])
-def test_depths_outside_of_the_range_are_refused(depth: float) -> None:
-    with pytest.raises(UserError, match=r"cluster.split_depth must be in \[0, 1\]"):
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_every_step_down_to_the_depth_is_read(steps: int) -> None:
+    """The two parts come apart at the last step only, whatever rounding makes of 0.05, 0.10, 0.15 and so on."""
+    least = 0.7 - 0.05 * steps
+    near = {(i, j): least - 0.01 for person in ((0, 1, 2), (3, 4, 5)) for i in person for j in person if i < j}
+    graph = graph_of(near | {(2, 3): least + 0.02}, 6)
+    labels = dbscan(graph, eps=0.7, min_samples=3)
+    depths = round(0.05 * (steps - 1), 2), round(0.05 * steps, 2)
+    found = [split_clusters(graph, labels, 0.7, replace(SETTINGS, split_depth=depth)) for depth in depths]
+    assert [int(each.max()) for each in found] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("depth", "words"), [(-0.1, r"must be in \[0, 1\]"), (1.5, r"must be in \[0, 1\]"), (0.12, "a multiple of 0.05")]
+)
+def test_other_depths_are_refused(depth: float, words: str) -> None:
+    with pytest.raises(UserError, match=f"cluster.split_depth must be {words.removeprefix('must be ')}"):
         ClusterSettings(split_depth=depth)
 
 

@@ -42,7 +42,14 @@ CASES = {
     "baseline": ("baseline", ()),
     "mmt": ("mmt", ()),
     "pplr": ("pplr", ("adapt.pplr.warmup_epochs=0", "adapt.camera_proxies.weight=0.5")),
-    "best": ("best", ("adapt.cluster.center_cameras=true", "adapt.cluster.camera_whitening=0.5")),
+    "best": (
+        "best",
+        (
+            "adapt.cluster.center_cameras=true",
+            "adapt.cluster.camera_whitening=0.5",
+            "adapt.cluster.split_depth=0.2",
+        ),
+    ),
     "cluster-contrast": ("cluster-contrast", ()),
     "spcl": ("spcl", ()),
     # A chunk of each process holds one group, of which a chunk of a single process holds two.

@@ -1,6 +1,7 @@
 """`cluster`: pseudo-labels for features from any source."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
@@ -58,7 +59,7 @@ STAGES = ("read", "neighbours", "jaccard", "dbscan")
     "--split-depth",
     default=ClusterSettings.split_depth,
     show_default=True,
-    help="How far below eps clusters that fall apart are split; not with several eps.",
+    help="Split clusters that fall apart at an eps up to this much smaller.",
 )
 @device_option
 @click.option(
@@ -104,6 +105,7 @@ def cluster(
     from uda_reid.cli.start import join_processes
     from uda_reid.clustering.dbscan import OUTLIER
     from uda_reid.clustering.selection import choose_clusters, clusters_at
+    from uda_reid.clustering.splitting import split_clusters
     from uda_reid.clustering.stages import StageTimer, build_graphs
 
     values = _parse_eps(eps)
@@ -149,6 +151,7 @@ def cluster(
         if values is not None and is_sweep:
             number, graph = next(graphs)
             choices = [clusters_at(graph, value, number, settings) for value in values]
+            choices = [replace(each, labels=split_clusters(graph, each.labels, each.eps, settings)) for each in choices]
         else:
             choices = [choose_clusters(graphs, settings)]
         on_stage("dbscan", 1)

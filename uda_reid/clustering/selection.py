@@ -53,7 +53,7 @@ def choose_clusters(graphs: Iterable[tuple[int, SparseGraph]], settings: Cluster
     Args:
         graphs: k1 and the pairs at most `settings.graph_eps` apart, for each of `settings.k1_values`, rising
             (`stages.build_graphs`).
-        settings: with a `split_depth`, the clusters of the choice are split at last (`splitting`).
+        settings: with a `split_depth`, the chosen clusters are split (`splitting`); k1 and eps are chosen before that.
 
     Returns:
         The choice of the main process on every process, since sums on a GPU or over several threads are not the same

@@ -31,7 +31,8 @@ def self_paced_labels(
 ) -> tuple[PseudoLabels, float]:
     """Returns the reliable clusters of N features, the same on every process, and the threshold. Collective.
 
-    What `settings` leave open is chosen first, as for other clusters (`selection`), on the same graphs.
+    What `settings` leave open is chosen first, as for other clusters (`selection`), on the same graphs. Clusters are
+    not split (`split_depth`): the looser density would find every part dependent on the others.
 
     Args:
         features: [n, D] float of any row norm, n >= 1: this process's rows (`distributed.shard`) of the N.
@@ -46,7 +47,7 @@ def self_paced_labels(
     timer = StageTimer(features.device)
     wider = replace(settings, eps=settings.graph_eps + gap)
     graphs = dict(build_graphs(features, wider, timer, cameras=cameras))
-    choice = choose_clusters(graphs.items(), settings)
+    choice = choose_clusters(graphs.items(), replace(settings, split_depth=0.0))
     tight, loose = (
         dbscan(graphs[choice.k1], eps=eps, min_samples=settings.min_samples)
         for eps in (choice.eps - gap, choice.eps + gap)

@@ -48,7 +48,7 @@ def mean_silhouette(graph: SparseGraph, labels: Tensor) -> float:
 
 
 def nearness_sums(graph: SparseGraph, labels: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the sums of 1 - d from points to the points of a cluster, where the graph holds any such pair.
+    """Returns the sum of 1 - d from each point to each cluster that it has a pair with.
 
     Args:
         graph: distances d between N points.

@@ -1,10 +1,11 @@
-"""Clusters that fall apart at a stricter eps, split.
+"""Clusters that fall apart at a smaller eps, split.
 
-At one eps some people are still in pieces while others have merged: two people who are joined by a few images between
-them are one cluster of DBSCAN. The stricter clusterings of the same graph are read one after the other: where a cluster
-holds two dense parts or more, it is split into them, and each of its other images joins the part that it is nearest to
-on the mean. What shows no parts stays whole, so that, unlike at a smaller eps, no image becomes an outlier for it; and
-since the graph exists, it costs a few passes over its pairs. What it gains is in EXPERIMENTS.md.
+At a single eps some people are still in pieces while others are already merged: two people who are joined by a few
+images between them are one cluster of DBSCAN. DBSCAN is run again on the same graph at smaller and smaller eps. If a
+cluster contains at least two of the smaller eps' clusters, each with min_samples images or more inside it, it is split
+into them. Each remaining image of it joins the part with the smallest mean distance, or becomes an outlier if it has no
+pair in any part. A cluster with fewer than two parts stays as it is, so far fewer images become outliers than by taking
+the smaller eps. The graph exists already, so this costs one DBSCAN per step. What it gains is in EXPERIMENTS.md.
 """
 
 import torch
@@ -12,38 +13,47 @@ from torch import Tensor
 
 from uda_reid.clustering.dbscan import OUTLIER, dbscan
 from uda_reid.clustering.silhouette import nearness_sums
-from uda_reid.retrieval.jaccard import SparseGraph
-from uda_reid.settings import ClusterSettings
-
-STEP = 0.05  # between the values of eps that are read
+from uda_reid.retrieval.jaccard import SparseGraph, is_within
+from uda_reid.settings import SPLIT_STEP, ClusterSettings
 
 
 def split_clusters(graph: SparseGraph, labels: Tensor, eps: float, settings: ClusterSettings) -> Tensor:
-    """Returns the clusters of DBSCAN at eps, split where they fall apart at eps - STEP, eps - 2 STEP and so on.
+    """Returns the clusters of DBSCAN at eps, split where they fall apart at eps - SPLIT_STEP, eps - 2 SPLIT_STEP, ...
 
     Args:
-        graph: distances between N points.
+        graph: distances between N points; pairs beyond eps are not read, so the result is that of any wider graph.
         labels: [N] int64, OUTLIER or 0..M-1, on the device of the graph.
-        settings: `split_depth` says how far below eps to go, 0 for no split at all.
+        settings: `split_depth` is the largest decrease of eps, 0 for no split at all.
 
     Returns:
         [N] int64, OUTLIER or 0..M'-1, every number used: first the clusters that stay, then the parts.
     """
-    for number in range(1, int(settings.split_depth / STEP + 1e-9) + 1):
-        stricter = eps - number * STEP
-        if stricter > 0:
-            dense = dbscan(graph, eps=stricter, min_samples=settings.min_samples)
+    steps = round(settings.split_depth / SPLIT_STEP)
+    graph = pairs_within(graph, eps) if steps else graph
+    for number in range(1, steps + 1):
+        smaller = eps - number * SPLIT_STEP
+        if smaller > 0:
+            dense = dbscan(graph, eps=smaller, min_samples=settings.min_samples)
             labels = split_once(graph, labels, dense, settings.min_samples)
     return labels
 
 
+def pairs_within(graph: SparseGraph, eps: float) -> SparseGraph:
+    """Returns the graph without the pairs beyond eps."""
+    kept = is_within(graph.distances, eps)
+    rows = torch.repeat_interleave(graph.indptr.diff())[kept]
+    counts = torch.bincount(rows, minlength=len(graph.indptr) - 1)
+    indptr = torch.cat([graph.indptr[:1], counts.cumsum(0)])
+    return SparseGraph(indptr, graph.indices[kept], graph.distances[kept], eps)
+
+
 def split_once(graph: SparseGraph, labels: Tensor, dense: Tensor, min_samples: int) -> Tensor:
-    """Returns clusters split into those of a stricter clustering, where two or more of them lie in one.
+    """Returns the clusters, each split into those of a smaller eps where it shares enough images with two or more.
 
     Args:
         graph: distances between N points.
         labels, dense: [N] int64 of both clusterings, OUTLIER or a cluster, on the device of the graph.
-        min_samples: images that a part must have at least; a border point can be in another cluster at a stricter eps.
+        min_samples: images that a part has at least; a border point can be in another cluster at a smaller eps.
 
     Returns:
         As `split_clusters`. An image without a pair in any part of its cluster becomes an outlier.
@@ -71,7 +81,7 @@ def parts_of(labels: Tensor, dense: Tensor, min_samples: int) -> tuple[Tensor, T
 
     Returns:
         [N] int64, a part or OUTLIER where an image is in none, and [S] int64, for each part the cluster that holds it;
-        clusters with a single part have none.
+        a cluster with fewer than two large parts has none.
     """
     inside = (labels != OUTLIER) & (dense != OUTLIER)
     width = int(dense.max()) + 1
@@ -88,7 +98,7 @@ def parts_of(labels: Tensor, dense: Tensor, min_samples: int) -> tuple[Tensor, T
 def nearest_part(graph: SparseGraph, parts: Tensor, owners: Tensor, labels: Tensor, left: Tensor) -> Tensor:
     """Returns for each image that is `left` the part of its own cluster with the least mean distance, OUTLIER for none.
 
-    A pair that the graph does not hold counts as 1 apart; of equals the first part is taken.
+    A pair that the graph does not hold counts as 1 apart; ties go to the part with the lowest number.
 
     Args:
         parts, owners: as `parts_of` returns them.

@@ -13,6 +13,7 @@ SEARCH_BACKENDS = ("auto", "torch", "faiss", "ivf")
 EPS_GRID = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 K1_GRID = (8, 12, 20, 30)
 WIDEST_EPS = 0.8
+SPLIT_STEP = 0.05
 
 AutoInt = int | Literal["auto"]
 AutoFloat = float | Literal["auto"]
@@ -30,8 +31,8 @@ class ClusterSettings:
         min_samples: points within eps that make a point core, itself included.
         largest_share: of the clustered images, the share in one cluster from which on people count as merged, so that
             eps is lowered; 1 switches this off.
-        split_depth: how far below eps stricter clusterings are read, in steps of 0.05; a cluster that falls apart there
-            is split. 0 for none.
+        split_depth: largest decrease of eps, in steps of SPLIT_STEP, at which clusters of DBSCAN are checked and split
+            if they fall apart; 0 disables it. Strategy "spcl" has a test of its own and does not split.
         clusters: number of clusters of k-means.
         backend: of the neighbor search.
         center_cameras: subtract each camera's mean feature before the distance is taken.
@@ -76,6 +77,9 @@ class ClusterSettings:
         if not 0 < self.largest_share <= 1:
             raise UserError(f"cluster.largest_share must be above 0 and at most 1, got {self.largest_share}.")
         check_fraction("cluster", split_depth=self.split_depth, camera_whitening=self.camera_whitening)
+        steps = self.split_depth / SPLIT_STEP
+        if abs(steps - round(steps)) > 1e-6:
+            raise UserError(f"cluster.split_depth must be a multiple of {SPLIT_STEP}, got {self.split_depth}.")
         if self.camera_whitening and not self.center_cameras:
             raise UserError(
                 f"cluster.camera_whitening is {self.camera_whitening}, but it needs cluster.center_cameras = true; set "

@@ -20,7 +20,7 @@ class BestSettings:
         part_weight: weight of the parts' contrast.
         part_share: factor of each part's feature beside the global one in what is clustered.
         neighbors: nearest images whose overlap is the agreement of a part with the whole.
-        outlier_negatives: each outlier is a class of its own among those that the whole image's contrast tells apart.
+        outlier_negatives: use each outlier as a class of its own in the global feature's contrast, as a negative only.
         reduction: C over the hidden width of the Fusion Module's MLP.
         temperature: divides the similarities to the centroids.
         memory_momentum: share of the old centroid when an image moves it, in [0, 1).

@@ -15,10 +15,10 @@ and on a P x K batch with the clusters y
     L = M(global, y) + T(global, y) + w sum_j mean_i C_ij (M(F^Pj_i, y_i) + M(phi^Pj_i, y_i)) / 2
 
 with T the batch-hard soft-margin triplet, F^Pj the local embedding of part j, and M the contrast with a memory of the
-centroids in the space of its feature, -log softmax(f . c / tau)_y. For M(global, y) the memory also holds the feature of
-every outlier as a class of its own, as in SpCL (https://arxiv.org/abs/2006.02713); no batch contains outliers, so these
-serve only as negatives and do not move. After the step each image moves its centroid, c <- m c + (1 - m) f, and the
-teacher moves as in LF2. The result is the teacher's global feature.
+centroids in the space of its feature, -log softmax(f . c / tau)_y. For M(global, y) the memory also holds the feature
+of every outlier as a class of its own, as in SpCL (https://arxiv.org/abs/2006.02713); no batch contains outliers, so
+these serve only as negatives and do not move. After the step each image moves its centroid, c <- m c + (1 - m) f, and
+the teacher moves as in LF2. The result is the teacher's global feature.
 
 Defaults: a 0.5, w 0.2, tau 0.05, m 0.1, 2 parts, teacher 0.999; the recipe "best" centers and whitens the features of
 each camera before it clusters, which gains more than all the rest, and splits clusters that fall apart.

@@ -113,7 +113,8 @@ def preface(rows: Mapping[str, Figures]) -> list[str]:
 
 def recipe_line(table: Table) -> str:
     """Returns what the rows of a table share."""
-    overrides = "".join(f" --set {override}" for override in table.overrides)
+    last = {override.partition("=")[0]: override for override in table.overrides}  # of one key the last counts
+    overrides = "".join(f" --set {override}" for override in last.values())
     return f"Recipe: `--recipe {table.recipe}{overrides}`."
 
 

@@ -54,6 +54,12 @@ def dbscan(graph: SparseGraph, *, eps: float, min_samples: int = 4) -> Tensor:
     return torch.where(lowest < n, lowest, labels)
 
 
+def outliers_apart(labels: Tensor) -> Tensor:
+    """Returns labels [N] int64 in which each outlier has a number of its own, after those of the clusters."""
+    outliers = labels == OUTLIER
+    return torch.where(outliers, int(labels.max()) + outliers.cumsum(0), labels)
+
+
 def smallest_of_component(rows: Tensor, columns: Tensor, n: int) -> Tensor:
     """Returns the smallest point of each point's connected component: by scipy on a CPU, by hooking trees on a GPU.
 

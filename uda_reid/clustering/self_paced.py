@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from uda_reid.clustering.dbscan import OUTLIER, dbscan
+from uda_reid.clustering.dbscan import OUTLIER, dbscan, outliers_apart
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.clustering.selection import choose_clusters
 from uda_reid.clustering.stages import StageTimer, build_graphs
@@ -70,7 +70,7 @@ def overlap(labels: Tensor, others: Tensor) -> Tensor:
     Returns:
         [N] float32 in (0, 1].
     """
-    first, second = _outliers_apart(labels), _outliers_apart(others)
+    first, second = outliers_apart(labels), outliers_apart(others)
     _, pair, shared = torch.unique(first * (int(second.max()) + 1) + second, return_inverse=True, return_counts=True)
     common = shared[pair]
     union = torch.bincount(first)[first] + torch.bincount(second)[second] - common
@@ -119,9 +119,3 @@ def _best_of_clusters(labels: Tensor, values: Tensor) -> Tensor:
     inside = labels != OUTLIER
     best = values.new_zeros(int(labels.max()) + 1)
     return best.scatter_reduce_(0, labels[inside], values[inside], "amax")
-
-
-def _outliers_apart(labels: Tensor) -> Tensor:
-    """Gives each outlier a number of its own, after those of the clusters."""
-    outliers = labels == OUTLIER
-    return torch.where(outliers, int(labels.max()) + outliers.cumsum(0), labels)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uda_reid.clustering.dbscan import OUTLIER
+from uda_reid.clustering.dbscan import outliers_apart
 from uda_reid.distributed import all_gather, broadcast, shard_sizes
 from uda_reid.losses.prototype_contrast import prototype_contrast
 from uda_reid.models.memory import Memory, moved_in_turn, replace_rows_
@@ -46,7 +46,7 @@ class HybridMemory:
         Returns:
             "classes" [N] int64, "sizes" [C] float32, and for each output i "rows{i}" [N, D_i] and "means{i}" [C, D_i].
         """
-        classes = classes_of(labels).to(features.device)
+        classes = outliers_apart(labels).to(features.device)
         sizes = torch.bincount(classes).float()
         tables: dict[str, Tensor] = {"classes": classes, "sizes": sizes}
         order = classes.argsort(stable=True)
@@ -96,12 +96,6 @@ class HybridMemory:
             replace_rows_(means, classes, means[classes] + total / sizes[:, None], skipped)
             replace_rows_(rows, indices, moved, skipped)
         self._features = []
-
-
-def classes_of(labels: Tensor) -> Tensor:
-    """Returns the class of each image, [N] int64: its cluster, or for an outlier a number of its own after these."""
-    outliers = labels == OUTLIER
-    return torch.where(outliers, int(labels.max()) + outliers.cumsum(0), labels)
 
 
 def _once(values: Tensor, indices: Tensor) -> Tensor:

@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uda_reid.clustering.agreement import cross_agreement
+from uda_reid.clustering.dbscan import outliers_apart
 from uda_reid.clustering.pseudo_labels import PseudoLabels
 from uda_reid.engine.cluster_memory import ClusterMemory
 from uda_reid.engine.features import fresh_statistics
-from uda_reid.engine.hybrid_memory import classes_of
 from uda_reid.engine.objectives import triplet_loss
 from uda_reid.engine.optimizer import Losses
 from uda_reid.engine.strategy import GLOBAL, Strategy
@@ -163,7 +163,7 @@ class Best(Strategy):
         if not labels[GLOBAL].has_clusters:
             return
         found = labels[GLOBAL].labels
-        classes = classes_of(found) if self.settings.outlier_negatives else found
+        classes = outliers_apart(found) if self.settings.outlier_negatives else found
         self.memories["whole"] = ClusterMemory.make(features["bn_embedding"], classes, self.output_widths)
         tables = features["bn_embedding"].split(list(self.output_widths), dim=1)
         self.camera_contrast.begin_epoch(self.memories, tables, found, cameras)

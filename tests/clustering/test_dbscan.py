@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.cluster import DBSCAN
 
-from uda_reid.clustering.dbscan import OUTLIER, dbscan, hook_trees, smallest_of_component
+from uda_reid.clustering.dbscan import OUTLIER, dbscan, hook_trees, outliers_apart, smallest_of_component
 from uda_reid.errors import UserError
 from uda_reid.retrieval.jaccard import SparseGraph
 
@@ -86,6 +86,18 @@ def test_no_edges_at_all() -> None:
     graph = graph_of(np.full((6, 6), 0.9), 0.5)
     assert dbscan(graph, eps=0.5).tolist() == [OUTLIER] * 6
     assert dbscan(graph, eps=0.5, min_samples=1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([0, 1, 0], [0, 1, 0]),
+        ([OUTLIER, 1, 0, OUTLIER, 1], [2, 1, 0, 3, 1]),
+        ([OUTLIER, OUTLIER, OUTLIER], [0, 1, 2]),
+    ],
+)
+def test_outliers_get_numbers_of_their_own(labels: list[int], expected: list[int]) -> None:
+    assert outliers_apart(torch.tensor(labels)).tolist() == expected
 
 
 def test_refuses_what_the_graph_does_not_hold() -> None:

@@ -162,6 +162,15 @@ def test_small_cases(case: str, threshold: float) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_overlap_is_that_of_sets(case: str) -> None:
+    for first in CASES[case]:
+        for second in CASES[case]:
+            pairs = zip(sets_of(first), sets_of(second), strict=True)
+            expected = [len(a & b) / len(a | b) for a, b in pairs]
+            assert overlap(torch.tensor(first), torch.tensor(second)).tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("clusters", [1, 2, 5, 10, 30])
 def test_nine_of_ten_clusters_pass(clusters: int) -> None:
     independence = torch.rand(clusters, generator=torch.Generator().manual_seed(clusters))

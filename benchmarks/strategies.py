@@ -30,7 +30,7 @@ from typing import Any
 from common import QUIET, add_run_options, make_parser, print_json, write_report
 from strategies_measure import (
     Figures,
-    Place,
+    Workspace,
     cost_figures,
     in_process,
     kept,
@@ -45,8 +45,8 @@ from uda_reid.build import open_data
 
 
 def measure_all(
-    task: Callable[[Place, Any], Figures],
-    place: Place,
+    task: Callable[[Workspace, Any], Figures],
+    workspace: Workspace,
     wanted: Sequence[Any],
     workers: int,
     on_figures: Callable[[Any, Figures], None] = lambda what, figures: None,
@@ -56,13 +56,13 @@ def measure_all(
     Args:
         on_figures: called with each of `wanted` and its figures, as soon as there are any.
     """
-    found = {what: kept(task, place, what) for what in wanted}
+    found = {what: kept(task, workspace, what) for what in wanted}
     for what, figures in found.items():
         if figures is not None:
             on_figures(what, figures)
     context, missing = multiprocessing.get_context("spawn"), [what for what in wanted if found[what] is None]
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(in_process, task, place, what): what for what in missing}
+        running = {pool.submit(in_process, task, workspace, what): what for what in missing}
         for done in as_completed(running):
             if done.exception() is None:
                 print(f"{task.__name__}: {running[done]}", file=sys.stderr, flush=True)
@@ -72,15 +72,15 @@ def measure_all(
 
 
 def measure_table(
-    table: Table, jobs: Sequence[Job], place: Place, workers: int, on_row: Callable[[Job, Figures], None]
+    table: Table, jobs: Sequence[Job], workspace: Workspace, workers: int, on_row: Callable[[Job, Figures], None]
 ) -> None:
     """Measures rows of a table, and before them the source models and costs that they need."""
     for domain in {domain for job in jobs for domain in (job.source, job.target)}:
-        open_data(domain, place.root, labelled_train=True, reporter=QUIET)  # renders it before any worker reads it
-    measure_all(source_figures, place, sources_of(table, jobs), workers)
+        open_data(domain, workspace.root, labelled_train=True, reporter=QUIET)  # renders it before any worker reads it
+    measure_all(source_figures, workspace, sources_of(table, jobs), workers)
     probed = {(job.row, job.source, job.target): job for job in jobs if job.budget != ANY}
-    measure_all(cost_figures, place, list(probed.values()), workers)
-    measure_all(row_figures, place, jobs, workers, on_row)
+    measure_all(cost_figures, workspace, list(probed.values()), workers)
+    measure_all(row_figures, workspace, jobs, workers, on_row)
 
 
 def read_rows(out: Path | None) -> dict[str, Figures]:
@@ -140,11 +140,11 @@ def main() -> None:
     names = [] if options.render else ["quick"] if options.quick else options.tables
     chosen = {part: getattr(options, part) for part in ("rows", "pairs", "seeds", "budgets")}
     with tempfile.TemporaryDirectory() as scratch:
-        place = Place(options.data_root, options.keep or Path(scratch), options.device, options.threads)
-        place.keep.mkdir(parents=True, exist_ok=True)
+        workspace = Workspace(options.data_root, options.keep or Path(scratch), options.device, options.threads)
+        workspace.keep.mkdir(parents=True, exist_ok=True)
         for name in names:
             jobs = list(jobs_of(TABLES[name], **chosen))
-            measure_table(TABLES[name], jobs, place, options.workers, partial(add_row, rows, out))
+            measure_table(TABLES[name], jobs, workspace, options.workers, partial(add_row, rows, out))
     write_rows(out, rows)
     print("\n".join(report_lines(rows)))
     print_json("strategies", rows=rows)

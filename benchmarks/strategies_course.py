@@ -63,7 +63,7 @@ class Reading(tuple[float, float]):
         return Reading(mine - its for mine, its in zip(self, other, strict=True))
 
 
-class Watch:
+class CostMeter:
     """Counts the images that pass through a `ReIDModel`, student or teacher, and processor seconds."""
 
     def __init__(self) -> None:
@@ -106,8 +106,8 @@ class Course(TrainingReport):
     def __init__(self, strategy: Strategy, test: Callable[[], Metrics] | None = None) -> None:
         super().__init__(QUIET)
         self._test = test
-        self.watch = Watch()
-        self.start = self.watch.reading()
+        self.meter = CostMeter()
+        self.start = self.meter.reading()
         self.labels: Mapping[str, PseudoLabels] = {}
         self.curve: list[Metrics] = []
         self.epochs: list[list[Reading]] = [[]]
@@ -116,16 +116,16 @@ class Course(TrainingReport):
     @property
     def spent(self) -> Reading:
         """All that the training has taken, tests aside."""
-        return self.watch.reading() - self.start
+        return self.meter.reading() - self.start
 
     def begin(self, columns: Mapping[str, int], note: str = "") -> None:
-        self.epochs[-1].append(self.watch.reading())
+        self.epochs[-1].append(self.meter.reading())
 
     def epoch(self, cells: list[str], row: Mapping[str, Any]) -> None:
         if self._test is not None:
-            with self.watch.paused():
+            with self.meter.paused():
                 self.curve.append(self._test())
-        self.epochs.append([self.watch.reading()])
+        self.epochs.append([self.meter.reading()])
 
     def costs(self) -> tuple[Cost, Cost]:
         """Returns the costs in images and in seconds, by the last whole epoch.
@@ -154,11 +154,11 @@ class Course(TrainingReport):
         ) -> None:
             begin_epoch(features, labels, cameras)
             self.labels = labels
-            self.epochs[-1].append(self.watch.reading())
+            self.epochs[-1].append(self.meter.reading())
 
         def step_and_note(step: int, skipped: Tensor) -> None:
             after_step(step, skipped)
-            self.epochs[-1].append(self.watch.reading())
+            self.epochs[-1].append(self.meter.reading())
 
         strategy.begin_epoch = begin_and_note  # type: ignore[method-assign]
         strategy.after_step = step_and_note  # type: ignore[method-assign]
@@ -198,5 +198,5 @@ def probe(
     """
     short = replace(recipe.adapt, epochs=PROBE_EPOCHS, steps=PROBE_STEPS)
     course = train(strategy, target, recipe, short, seed=seed, device=device)
-    course.watch.close()
+    course.meter.close()
     return course.costs()

@@ -38,7 +38,7 @@ class NotKeptError(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class Workspace:
     """Where everything is measured: folders of the domains and of what is kept, device, threads.
 
     Attributes:
@@ -82,16 +82,16 @@ class Source:
     seed: int
 
 
-def source_figures(place: Place, source: Source) -> Figures:
+def source_figures(workspace: Workspace, source: Source) -> Figures:
     """Returns metrics, costs and the "checkpoint" of a source model, trained first if it is not kept."""
     recipe = TABLES[source.table].recipe_of(ROWS["direct"], 0)
     parts = [asdict(part) for part in (recipe.images, recipe.model, recipe.pretrain, recipe.training, recipe.evaluate)]
 
     def measured(file: Path) -> Figures:
-        data, checkpoint = place.data(source.domain), file.with_suffix(".safetensors")
+        data, checkpoint = workspace.data(source.domain), file.with_suffix(".safetensors")
         begun = process_time()
-        with tempfile.TemporaryDirectory(dir=place.keep) as scratch:
-            device = pick_device(place.device)
+        with tempfile.TemporaryDirectory(dir=workspace.keep) as scratch:
+            device = pick_device(workspace.device)
             metrics, trained = train_source(recipe, data, Path(scratch) / "run", device=device, seed=source.seed)
             shutil.move(trained, checkpoint)
         seconds = process_time() - begun
@@ -100,16 +100,16 @@ def source_figures(place: Place, source: Source) -> Figures:
         figures = {"final": metrics, "steps": steps, "epochs": epochs, "images": epochs * steps * each}
         return {**figures, "seconds": seconds, "peak_bytes": peak_bytes(), "checkpoint": checkpoint.name}
 
-    return place.stored("source", [parts, source.domain, source.seed], measured)
+    return workspace.stored("source", [parts, source.domain, source.seed], measured)
 
 
 class Bench:
     """Measures on the pair of a job; whatever is not needed is neither read nor trained."""
 
-    def __init__(self, place: Place, job: Job) -> None:
-        self.place, self.job, self.table = place, job, TABLES[job.table]
-        self.device = pick_device(place.device)
-        self.target = place.data(job.target)
+    def __init__(self, workspace: Workspace, job: Job) -> None:
+        self.workspace, self.job, self.table = workspace, job, TABLES[job.table]
+        self.device = pick_device(workspace.device)
+        self.target = workspace.data(job.target)
         identities = self.target.train.person_ids.tolist()
         self.people: dict[Path, int] = dict(zip(self.target.train.paths, identities, strict=True))
 
@@ -129,9 +129,9 @@ class Bench:
 
     def strategy(self, row: Row, seed: int) -> Strategy:
         """Returns the strategy of a row around the source model."""
-        figures = source_figures(self.place, Source(self.table.name, self.job.source, seed))
+        figures = source_figures(self.workspace, Source(self.table.name, self.job.source, seed))
         of_model = tuple(override for override in row.settings if override.startswith("model."))
-        checkpoint = self.place.keep / figures["checkpoint"]
+        checkpoint = self.workspace.keep / figures["checkpoint"]
         loaded = load_source_model(checkpoint, device=self.device, seed=seed, overrides=of_model)
         recipe = self.recipe(row)
         prepare_device(recipe.training, self.device)
@@ -164,7 +164,7 @@ class Bench:
             test=lambda: self.test(strategy, recipe),
         )
         count, seconds = course.spent
-        course.watch.close()
+        course.meter.close()
         final = course.curve[-1] if course.curve else self.test(strategy, recipe)
         return {
             "final": final,
@@ -186,53 +186,53 @@ class Bench:
         }
 
 
-def cost_figures(place: Place, job: Job) -> Figures:
+def cost_figures(workspace: Workspace, job: Job) -> Figures:
     """Returns the costs of the job's row and of the reference, probed one after the other so that they compare."""
 
     def measured(file: Path) -> Figures:
         return {name: bench.cost(ROWS[name]) for name in (REFERENCE, job.row)}
 
-    bench = Bench(place, job)
+    bench = Bench(workspace, job)
     recipes = [dump_recipe(bench.recipe(ROWS[name])) for name in (REFERENCE, job.row)]
-    return place.stored("cost", [recipes, job.source, job.target, bench.table.seeds[0]], measured)
+    return workspace.stored("cost", [recipes, job.source, job.target, bench.table.seeds[0]], measured)
 
 
-def steps_of(place: Place, job: Job, recipe: Recipe) -> int:
+def steps_of(workspace: Workspace, job: Job, recipe: Recipe) -> int:
     """Returns the steps an epoch of the job's row: the recipe's own, or what its budget allows."""
     settings = recipe.adapt
     if job.budget == ANY:
         return settings.steps
-    costs, unit = cost_figures(place, job), BUDGETS.index(job.budget)
+    costs, unit = cost_figures(workspace, job), BUDGETS.index(job.budget)
     reference, own = (Cost(**costs[name][unit]) for name in (REFERENCE, job.row))
     return own.steps_within(reference.total(settings.epochs, settings.steps), settings.epochs)
 
 
-def row_figures(place: Place, job: Job) -> Figures:
+def row_figures(workspace: Workspace, job: Job) -> Figures:
     """Returns the figures of a row, measured first if they are not kept."""
     if job.row == SUPERVISED:
-        figures = source_figures(place, Source(job.table, job.target, job.seed))
+        figures = source_figures(workspace, Source(job.table, job.target, job.seed))
         figures = {"curve": [], "quality": {}, **figures}
     else:
-        bench = Bench(place, job)
+        bench = Bench(workspace, job)
         recipe = bench.recipe(ROWS[job.row])
-        steps = steps_of(place, job, recipe)
+        steps = steps_of(workspace, job, recipe)
         settings = [dump_recipe(recipe), steps, job.source, job.target, job.seed]
-        figures = place.stored("row", settings, lambda file: bench.row(steps))
+        figures = workspace.stored("row", settings, lambda file: bench.row(steps))
     return {**asdict(job), "command": job.command, "software": software(), **figures}
 
 
-def kept(task: Callable[[Place, Any], Figures], place: Place, what: Any) -> Figures | None:
+def kept(task: Callable[[Workspace, Any], Figures], workspace: Workspace, what: Any) -> Figures | None:
     """Returns what a task returns if nothing has to be measured for it; None otherwise."""
     try:
-        return task(replace(place, only_kept=True), what)
+        return task(replace(workspace, only_kept=True), what)
     except NotKeptError:
         return None
 
 
-def in_process(task: Callable[[Place, Any], Figures], place: Place, what: Any) -> Figures:
+def in_process(task: Callable[[Workspace, Any], Figures], workspace: Workspace, what: Any) -> Figures:
     """Calls a task in this process, which does nothing else, so that its peak memory is that of the task."""
-    torch.set_num_threads(place.threads)
-    return task(place, what)
+    torch.set_num_threads(workspace.threads)
+    return task(workspace, what)
 
 
 def peak_bytes() -> int:

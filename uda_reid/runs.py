@@ -119,6 +119,11 @@ def run_adapt(
             f"{', '.join(settings.camera_switches)}: off, because {target.name} does not name two cameras or more."
         )
         settings = settings.without_cameras()
+    if strategy.levels and recipe.model.has_transformer and settings.optim.warmup_epochs == 0:
+        reporter.warn(
+            "adapt.optim has no warm-up, and the first steps at the full rate may collapse a transformer beyond "
+            "recovery; recipe lf2 has a rate and a warm-up for one (adapt.optim.warmup_epochs)."
+        )
     if settings.refresh_statistics and not state.resumed:
         refresh_statistics(strategy, images, settings, training, device=device, report=report)
         if strategy.levels:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from strategies import add_row, read_rows
-from strategies_course import Cost, Watch, probe, train
-from strategies_measure import NotKeptError, Place, sources_of
+from strategies_course import Cost, CostMeter, probe, train
+from strategies_measure import NotKeptError, Workspace, sources_of
 from strategies_rows import ANY, BUDGETS, FORWARDS, RING, ROWS, SECONDS, TABLES, Job, jobs_of
 from strategies_tables import report_lines
 
@@ -121,17 +121,17 @@ def test_a_budget_without_a_step_is_refused(assert_sentence: Any) -> None:
 def test_images_are_counted_where_they_pass_and_not_in_a_pause(tiny_recipe: Recipe) -> None:
     model = make_model(tiny_recipe, 0, seed=0, pretrained=False).eval()
     images = torch.zeros(3, 3, 32, 16)
-    watch = Watch()
-    start = watch.reading()
+    meter = CostMeter()
+    start = meter.reading()
     model(images)
-    with watch.paused():
+    with meter.paused():
         model(images)
     model(images[:2])
-    spent = watch.reading() - start
-    watch.close()
+    spent = meter.reading() - start
+    meter.close()
     model(images)
     assert spent[0] == 5
-    assert (watch.reading() - start)[0] == 5
+    assert (meter.reading() - start)[0] == 5
 
 
 @pytest.mark.parametrize(("name", "networks"), [("baseline", 1), ("lf2", 2)])
@@ -149,7 +149,7 @@ def test_costs_are_what_a_training_takes(name: str, networks: int, tiny_recipe: 
 
     course = train(new_strategy(recipe), tiny_target, recipe, recipe.adapt, seed=0, device=CPU, test=test)
     count, seconds = course.spent
-    course.watch.close()
+    course.meter.close()
     assert count == images.total(recipe.adapt.epochs, recipe.adapt.steps)
     assert seconds > 0
     assert [metrics["mAP"] for metrics in course.curve] == [1.0, 2.0]
@@ -157,12 +157,12 @@ def test_costs_are_what_a_training_takes(name: str, networks: int, tiny_recipe: 
 
 
 def test_what_is_kept_is_not_measured_again(tmp_path: Path) -> None:
-    place = Place(tmp_path, tmp_path, "cpu", 1)
-    assert place.stored("row", [1], lambda file: {"value": 1}) == {"value": 1}
-    assert place.stored("row", [1], lambda file: {"value": 2}) == {"value": 1}
-    assert place.stored("row", [2], lambda file: {"value": 2}) == {"value": 2}
+    workspace = Workspace(tmp_path, tmp_path, "cpu", 1)
+    assert workspace.stored("row", [1], lambda file: {"value": 1}) == {"value": 1}
+    assert workspace.stored("row", [1], lambda file: {"value": 2}) == {"value": 1}
+    assert workspace.stored("row", [2], lambda file: {"value": 2}) == {"value": 2}
     with pytest.raises(NotKeptError):
-        Place(tmp_path, tmp_path, "cpu", 1, only_kept=True).stored("row", [3], lambda file: {"value": 3})
+        Workspace(tmp_path, tmp_path, "cpu", 1, only_kept=True).stored("row", [3], lambda file: {"value": 3})
 
 
 def test_the_page_has_means_shares_and_an_oracle() -> None:

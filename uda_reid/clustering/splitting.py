@@ -85,13 +85,15 @@ def parts_of(labels: Tensor, dense: Tensor, min_samples: int) -> tuple[Tensor, T
     """
     inside = (labels != OUTLIER) & (dense != OUTLIER)
     width = int(dense.max()) + 1
-    found, place, sizes = torch.unique(labels[inside] * width + dense[inside], return_inverse=True, return_counts=True)
+    found, position, sizes = torch.unique(
+        labels[inside] * width + dense[inside], return_inverse=True, return_counts=True
+    )
     owners = found // max(width, 1)
     large = sizes >= min_samples
     is_part = large & (torch.bincount(owners[large], minlength=int(labels.max()) + 1)[owners] > 1)
     numbers = torch.where(is_part, is_part.cumsum(0) - 1, OUTLIER)
     parts = torch.full_like(labels, OUTLIER)
-    parts[inside] = numbers[place]
+    parts[inside] = numbers[position]
     return parts, owners[is_part]
 
 

@@ -152,3 +152,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         check_choice("model.backbone", self.backbone, BACKBONES)
         check_choice("model.neck_feature", self.neck_feature, NECK_FEATURES)
+
+    @property
+    def has_transformer(self) -> bool:
+        """Whether the backbone holds one, whose training must begin with small steps."""
+        return self.backbone in ("fusion_reid", "vit")

@@ -13,7 +13,7 @@ and after the step every image moves the centroid of its cluster in turn, as the
 or ("hard") only the least similar q of each cluster in the batch does. As clusters of K images move by all of them and
 m is small, a centroid is much like the last image of the batch that it has seen.
 
-Defaults: P x K = 16 x 16, Adam 3.5e-4, weight decay 5e-4, 50 epochs x 400 steps, eps 0.6 (recipe "cluster-contrast").
+Defaults: P x K = 16 x 16, Adam 3.5e-4, weight decay 5e-4, 50 epochs x 200 steps, eps 0.6 (recipe "cluster-contrast").
 
 Differs from the paper: there the network starts from ImageNet weights; here it starts from any checkpoint, which an
 adaptation has. A backbone of several outputs has a memory for each, and the loss is their mean. What is clustered is

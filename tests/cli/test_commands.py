@@ -114,12 +114,38 @@ def test_settings_of_cameras_are_off_where_there_are_not_two(
     folder.mkdir(parents=True)
     for number, image in enumerate(images):
         shutil.copy(image, folder / f"c{cameras[number % len(cameras)]}_{number:06d}.jpg")
-    on = ("adapt.cluster.center_cameras", "adapt.cross_camera")
+    on = {
+        "adapt.cross_camera": "true",
+        "adapt.cluster.center_cameras": "true",
+        "adapt.cluster.camera_whitening": 0.5,
+        "adapt.cluster.camera_jaccard": "true",
+        "adapt.camera_proxies.weight": 0.5,
+    }
     start = ("adapt", "--target", "crops", "--init", pretrained, "--recipe", "demo", *settings("adapt"))
-    result = invoke(*start, "--out", "a", *(word for key in on for word in ("--set", f"{key}=true")))
+    result = invoke(*start, "--out", "a", *(word for key in on for word in ("--set", f"{key}={on[key]}")))
     assert result.exit_code == 0, result.output
-    said = "adapt.cross_camera, adapt.cluster.center_cameras: off, because crops does not name two cameras or more."
+    said = f"{', '.join(on)}: off, because crops does not name two cameras or more."
     assert (said in result.output) == (len(cameras) == 1)
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(0, True), (1, False)])
+def test_a_transformer_without_warm_up_is_warned_of(
+    invoke: Invoke, pretrained: Path, epochs: int, warned: bool
+) -> None:
+    start = ("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt"))
+    result = invoke(*start, "--set", f"adapt.optim.warmup_epochs={epochs}")
+    assert result.exit_code == 0, result.output
+    assert ("adapt.optim has no warm-up" in result.output) == warned
+
+
+@pytest.mark.slow
+def test_an_adaptation_says_that_eps_was_lowered(invoke: Invoke, pretrained: Path) -> None:
+    merged = ("k1=4", "k2=1", "eps=0.99", "largest_share=0.01", "min_samples=2")
+    more = [word for each in merged for word in ("--set", f"adapt.cluster.{each}")]
+    result = invoke("adapt", "--target", "station", "--init", pretrained, "--out", "a", *settings("adapt"), *more)
+    assert result.exit_code == 0, result.output
+    assert "warning: epoch 1, global level: one cluster held" in result.output
+    assert "eps was lowered from 0.99 to" in result.output
 
 
 def test_demo_pretrains_and_adapts(invoke: Invoke) -> None:

@@ -33,8 +33,9 @@ Record = dict[str, Any]
 
 
 def settings_of(stage: Stage, command: str, given: Sequence[str]) -> list[str]:
-    """Returns the changes of a training to its recipe: its own, then those of the user that it reads."""
-    return [*stage.changes, *(setting for setting in given if not setting.startswith(UNREAD[command]))]
+    """Returns the changes of a training to its recipe: its own and those of the user that it reads, which prevail."""
+    changes = [*stage.changes, *(setting for setting in given if not setting.startswith(UNREAD[command]))]
+    return list({change.partition("=")[0]: change for change in changes}.values())  # of one key the last counts
 
 
 def missing_data(row: Row, root: Path) -> list[str]:

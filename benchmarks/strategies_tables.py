@@ -102,10 +102,10 @@ def preface(rows: Mapping[str, Figures]) -> list[str]:
         "is the peak of the process, torch and tests included. The gap closed is the gain over `direct` as a share of "
         "that of `supervised`. <sub>Oracle</sub>: the best epoch by the test labels, which no user has.",
         "",
-        f"Settings were chosen on {CHOSEN_ON}, a reversed pair and none of the ring, with `best`. One thing was not: the "
-        "criterion and constants by which eps and k1 are found without labels were compared on synthetic features and "
-        "on those of plaza -> station. Published settings that count epochs or steps are scaled to these short runs: "
-        f"{scaled}.",
+        f"Settings were chosen on {CHOSEN_ON}, a reversed pair and none of the ring, with `best`. One thing was not: "
+        "the criterion and constants by which eps and k1 are found without labels were compared on synthetic features "
+        "and on those of plaza -> station. Published settings that count epochs or steps are scaled to these short "
+        f"runs: {scaled}.",
         "",
         "In the tables small and reversed camera-aware clusters are part of `best` and of no other strategy; what they "
         "do for the others is in the table best-pieces.",

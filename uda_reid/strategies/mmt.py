@@ -15,6 +15,8 @@ with CE(y) label-smoothed (0.1), CE(softmax') against the predictions of the oth
 the batch-hard pair, which is the soft-margin triplet of all strategies, and the last term `losses/soft_triplet.py`;
 a = 0.5 and b = 0.8. The result compares images by the mean of both teachers' descriptors, or by the first alone.
 
+Defaults: P x K = 16 x 4, Adam 3.5e-4, weight decay 5e-4, 40 epochs x 400 steps (recipe "mmt").
+
 Differs from the paper: the two networks start as the same source model, where the paper pre-trains two of different
 seeds; they come apart by their views and by each other's soft labels. The result is not the teacher that tests better.
 A backbone of several outputs is given all terms on each of them, averaged. Differs from the released code: teachers

@@ -108,7 +108,7 @@ def preface(rows: Mapping[str, Figures]) -> list[str]:
         f"runs: {scaled}.",
         "",
         "In the tables small and reversed camera-aware clusters are part of `best` and of no other strategy; what they "
-        "do for the others is in the table best-pieces.",
+        "do for the others, nearly as much, is in the table best-pieces.",
         "",
         *remarks,
         "",

@@ -47,6 +47,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
 
 
+def last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Returns "key.path=value" settings without those that a later one of the same key replaces."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
+
+
 def table_row(cells: Sequence[str]) -> str:
     """Returns one line of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -91,10 +91,11 @@ def lf2_rows() -> list[Row]:
 
 
 def mmt_rows() -> list[Row]:
-    """Market <-> Duke, and both to MSMT17, each with the number of clusters that the paper quotes."""
+    """Market <-> Duke, and both to MSMT17, as OpenUnReID's leaderboard quotes the paper."""
     remark = (
-        "k-means. The paper pre-trains two source models of different seeds, where both networks start from one here, "
-        "and quotes the epoch and the teacher that the target's test labels choose."
+        "k-means; which number of clusters the quoted figures belong to could not be looked up. The paper pre-trains "
+        "two source models of different seeds, where both networks start from one here, and quotes the epoch and the "
+        "teacher that the target's test labels choose."
     )
     published = {
         ("duke", "market"): (500, (71.2, 87.7)),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import last_of_each
 from paper_rows import Row, Stage
 
 from uda_reid.build import load_source_model, make_model, open_data
@@ -34,8 +35,7 @@ Record = dict[str, Any]
 
 def settings_of(stage: Stage, command: str, given: Sequence[str]) -> list[str]:
     """Returns the changes of a training to its recipe: its own and those of the user that it reads, which prevail."""
-    changes = [*stage.changes, *(setting for setting in given if not setting.startswith(UNREAD[command]))]
-    return list({change.partition("=")[0]: change for change in changes}.values())  # of one key the last counts
+    return last_of_each([*stage.changes, *(setting for setting in given if not setting.startswith(UNREAD[command]))])
 
 
 def missing_data(row: Row, root: Path) -> list[str]:

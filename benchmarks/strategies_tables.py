@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common import last_of_each
 from common import table as markdown
 from strategies_rows import (
     ANY,
@@ -118,8 +119,7 @@ def preface(rows: Mapping[str, Figures]) -> list[str]:
 
 def recipe_line(table: Table) -> str:
     """Returns what the rows of a table share."""
-    last = {override.partition("=")[0]: override for override in table.overrides}  # of one key the last counts
-    overrides = "".join(f" --set {override}" for override in last.values())
+    overrides = "".join(f" --set {override}" for override in last_of_each(table.overrides))
     return f"Recipe: `--recipe {table.recipe}{overrides}`."
 
 

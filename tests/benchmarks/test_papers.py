@@ -22,7 +22,7 @@ from uda_reid.synthetic import write_domain
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results" / "papers.md"
-# The papers' own tables; those of MMT and SpCL as OpenUnReID's leaderboard quotes them too.
+# METHODS, sections 1, 2, 4 and 7; MMT and SpCL as OpenUnReID's leaderboard quotes their papers.
 PUBLISHED = {
     "lf2-duke2market": "83.2 / 92.8",
     "lf2-kmeans-duke2market": "83.2 / 92.8",
